@@ -238,7 +238,7 @@ class DocumentCodec:
         flat = layout.flatten(segment.codes)
         if len(flat) != 1:
             raise ValueError(f"an Image holds the codes of one picture, got a batch of {len(flat)}.")
-        ids = self.vocabulary.to_ids(flat, layout, segment.modality)[0]
+        ids = self.vocabulary.to_ids(flat, layout, segment.modality)[0].tolist()
         used = layout.steps
         if segment.codes.lengths is not None:
             used = layout.steps_for(int(segment.codes.lengths[0]))
@@ -250,7 +250,7 @@ class DocumentCodec:
             if slot.step is None:
                 writer.append([slot.fixed or 0], modality, slot.row, slot.column, loss)
             elif slot.step < used:
-                writer.append(ids[slot.step].tolist(), modality, slot.row, slot.column, loss)
+                writer.append(ids[slot.step], modality, slot.row, slot.column, loss)
         # A flexible picture's end stands where the next code would have stood.
         early = slots[used] if used < len(slots) and layout.flexible else Slot(None, None, 0, 0)
         for token in closing:
@@ -405,7 +405,9 @@ class Grammar:
 
     def modality(self, state: State) -> int:
         """Index in `Vocabulary.modalities` of the next token: picks its sampling settings."""
-        return 0 if state.modality == "text" else self.codec.vocabulary.modalities.index(state.modality)
+        if state.modality == "text" or state.slot < 0:  # what opens a picture counts as text
+            return 0
+        return self.codec.vocabulary.modalities.index(state.modality)
 
     def position(self, state: State) -> tuple[int, int, int]:
         """(index, row, column) of the next token, as in `TokenBatch.positions`."""

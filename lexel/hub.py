@@ -18,6 +18,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -65,10 +66,9 @@ def write_atomically(path: Path, write: typing.Callable[[Path], None]) -> None:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
-        raise LexelError(
-            f"could not write {path}: {error.strerror or error}; what was there before is kept."
-        ) from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise LexelError(f"could not write {path}: {reason}; what was there before is kept.") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -158,7 +158,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         state = load_file(path)
     except FileNotFoundError:
         raise LexelError(f"{path} does not exist; the model folder is incomplete.") from None
-    except Exception as error:  # safetensors raises its own error type for damaged headers
+    except SafetensorError as error:
         raise LexelError(f"{path} is not a readable safetensors file ({error}).") from error
     own = model.state_dict()
     problems = [f"missing {key}" for key in own if key not in state]

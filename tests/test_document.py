@@ -125,7 +125,7 @@ def test_any_walk_the_grammar_allows_parses_and_agrees_with_build(name, choices,
     plan = [m for i, m in enumerate(plan) if m != "text" or i == 0 or plan[i - 1] != "text"]
     grammar = Grammar(codec, plan, text_limit=3)
     prompt = codec.prompt([Image.blank() if plan[0] == "image" else Text.blank()])
-    state, ids, positions = grammar.start(prompt), [], []
+    state, ids, positions, modalities = grammar.start(prompt), [], [], []
     for choice in choices:
         if grammar.done(state):
             break
@@ -138,6 +138,7 @@ def test_any_walk_the_grammar_allows_parses_and_agrees_with_build(name, choices,
                 row[column] = int(codec.vocabulary.block("image", book)[choice % 3])
         ids.append(row)
         positions.append(list(grammar.position(state)))
+        modalities.append(grammar.modality(state))
         after = grammar.advance(state, token)
         assert grammar.remaining(after) < grammar.remaining(state)
         state = after
@@ -151,6 +152,7 @@ def test_any_walk_the_grammar_allows_parses_and_agrees_with_build(name, choices,
         rebuilt = codec.build(document, supervise="all")
         assert torch.equal(rebuilt.ids.reshape(len(rebuilt), -1)[: len(whole)], whole)
         assert rebuilt.positions[len(prompt) : len(whole)].tolist() == positions
+        assert rebuilt.modality[len(prompt) : len(whole)].tolist() == modalities
 
 
 def test_a_token_outside_the_grammar_is_refused():

@@ -36,13 +36,14 @@ _TEMPLATES = tuple(f.name for f in fields(Mixture))
 
 
 class DocumentDataset(Dataset[TokenSequence]):
-    """Documents drawn from tokenized pictures and plain text; everything random comes from (seed, draw.counter).
+    """Documents drawn from tokenized pictures and plain text; everything random comes from (seed,
+    draw.counter).
 
     codes: the pictures; codec: writes documents as ids; mixture: which kinds, how often; drop: share of
     text-to-picture documents whose caption is written in the vocabulary's unconditional form, for guidance
-    (Ho & Salimans 2022); text: a source of plain text (`TextConfig`) that text-only documents come from instead
-    of from captions. One of several captions is drawn. A picture without captions is always a picture alone.
-    With ``codes=None`` all documents are text and `mixture` has no part.
+    (Ho & Salimans 2022); text: a source of plain text (`TextConfig`) that text-only documents come from
+    instead of from captions. One of several captions is drawn. A picture without captions is always a picture
+    alone. With ``codes=None`` all documents are text and `mixture` has no part.
 
     ``dataset[Draw(index, counter)]`` is a `TokenSequence`; batch them with ``codec.collate`` or `pack`.
     Raises ValueError without any source or with `drop` outside [0, 1].

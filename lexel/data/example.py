@@ -12,7 +12,8 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Example:
     """key: unique name inside its source; captions: texts that describe it, possibly none; pixels: float
-    ``[3, h, w]`` in [-1, 1], None for text-only sources; truth: what a procedural source knows of the picture."""
+    ``[3, h, w]`` in [-1, 1], None for text-only sources; truth: what a procedural source knows of the
+    picture."""
 
     key: str
     captions: tuple[str, ...]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import struct
-import warnings
 import zlib
 from pathlib import Path
 
@@ -24,14 +23,24 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 64_000_000
 """Pictures with more pixels than this are refused before they are decoded."""
 
-_BROKEN = (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError, struct.error, zlib.error)
+_BROKEN = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    KeyError,
+    IndexError,
+    TypeError,
+    struct.error,
+    zlib.error,
+)
 
 
 def load_image(source: str | Path | bytes, name: str | None = None) -> Image.Image:
     """A picture file (or its bytes) as an upright RGB picture; transparency is laid on white.
 
-    `name` is what messages call it. Raises LexelError with one sentence for a missing file, a folder, something
-    that is no picture, a truncated or damaged one, and one with more than `MAX_PIXELS` pixels.
+    `name` is what messages call it. Raises LexelError with one sentence for a missing file, a folder,
+    something that is no picture, a truncated or damaged one, and one with more than `MAX_PIXELS` pixels.
     """
     name = name or ("the picture" if isinstance(source, bytes) else str(source))
     try:
@@ -59,7 +68,8 @@ def verify_image(source: str | Path | bytes, name: str | None = None) -> None:
 def to_pixels(image: Image.Image, size: int | tuple[int, int]) -> Tensor:
     """Float ``[3, h, w]`` in [-1, 1]: the largest centred part with the wanted proportions, scaled (bicubic).
 
-    size: ``(h, w)``, or one number for a square: then the shorter side is resized to it and the longer cropped.
+    size: ``(h, w)``, or one number for a square: then the shorter side is resized to it and the longer
+    cropped.
     """
     height, width = (size, size) if isinstance(size, int) else size
     fitted = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
@@ -79,15 +89,12 @@ def to_image(pixels: Tensor) -> Image.Image:
 
 
 def _open(source: str | Path | bytes, name: str) -> Image.Image:
-    """Open without decoding. Pillow warns from 89 million pixels on and fails at twice that; both, and our
-    own lower limit, become one refusal."""
+    """Open without decoding. Pillow warns from 89 million pixels on and fails at twice that; our limit is
+    lower."""
     try:
-        # A warning here would only double the refusal that follows it.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS)
-    except Image.DecompressionBombError as error:
-        raise LexelError(f"{name} is refused: more than {MAX_PIXELS} pixels.") from error
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise LexelError(f"{name} is refused: more than {MAX_PIXELS} pixels; scale it down.") from error
     except FileNotFoundError:
         raise LexelError(f"{name} does not exist.") from None
     except IsADirectoryError:
@@ -95,7 +102,9 @@ def _open(source: str | Path | bytes, name: str) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS:
         image.close()
-        raise LexelError(f"{name} is refused: {width}x{height} is more than {MAX_PIXELS} pixels; scale it down.")
+        raise LexelError(
+            f"{name} is refused: {width}x{height} is more than {MAX_PIXELS} pixels; scale it down."
+        )
     return image
 
 

@@ -24,8 +24,8 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if lengths[item] > capacity:
             raise LexelError(
-                f"A document of {lengths[item]} tokens does not fit into {capacity}: raise the context length, "
-                "or shorten the text or the picture's codes."
+                f"A document of {lengths[item]} tokens does not fit into {capacity}: raise the context "
+                "length, or shorten the text or the picture's codes."
             )
         row = next((r for r, free in enumerate(room) if free >= lengths[item]), len(rows))
         if row == len(rows):
@@ -37,10 +37,10 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def pack(sequences: Sequence[TokenSequence], length: int, pad: int) -> TokenBatch:
-    """Pack documents into rows of `length` tokens: ids long ``[r, l]`` (or ``[r, l, k]``) and a block-diagonal
-    causal mask bool ``[r, l, l]``, so that each document is computed as if it were alone; positions restart
-    with each document. `pad` fills the rest of a row; a padding position sees only itself (no empty softmax)
-    and has no loss, nor has the first token of a document, which nothing predicts.
+    """Pack documents into rows of `length` tokens: ids long ``[r, l]`` (or ``[r, l, k]``) and a
+    block-diagonal causal mask bool ``[r, l, l]``, so that each document is computed as if it were alone;
+    positions restart with each document. `pad` fills the rest of a row; a padding position sees only itself
+    (no empty softmax) and has no loss, nor has the first token of a document, which nothing predicts.
 
     Raises LexelError naming the length when a document is longer than a row, ValueError on no documents.
     """

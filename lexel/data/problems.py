@@ -24,7 +24,8 @@ class Problem:
 
 @dataclass
 class Problems:
-    """A data set's problems. `on_error`: ``"skip"`` collects them, ``"raise"`` makes the first a LexelError."""
+    """A data set's problems. `on_error`: ``"skip"`` collects them, ``"raise"`` makes the first a
+    LexelError."""
 
     source: str
     on_error: OnError = "skip"
@@ -40,7 +41,9 @@ class Problems:
     def add(self, kind: str, name: str, reason: str) -> None:
         """Take note of one problem; LexelError with ``on_error="raise"``."""
         if self.on_error == "raise":
-            raise LexelError(f"{kind.capitalize()} in {self.source}: {name}: {reason} (on_error=skip leaves it out).")
+            raise LexelError(
+                f"{kind.capitalize()} in {self.source}: {name}: {reason} (on_error=skip leaves it out)."
+            )
         self.entries.append(Problem(kind, name, reason))
 
     def counts(self) -> dict[str, int]:

@@ -1,18 +1,20 @@
-"""Which example comes when: a pure function of (seed, batch number), so that resuming needs no saved state."""
+"""Which example comes when: a pure function of (seed, batch number), so resuming needs no saved state."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 
-class Draw(NamedTuple):
+@dataclass(frozen=True)
+class Draw:
     """index: which example; counter: how many draws of the whole run (all ranks) came before this one.
 
     A dataset takes all its randomness from ``(seed, counter)``, so that the same draw gives the same item in
@@ -34,10 +36,11 @@ class ResumableSampler(Sampler[list[Draw]]):
 
     All ranks walk one global stream: epoch after epoch, each a fresh permutation of ``range(length)`` given
     by (seed, epoch). Batch number `t` is the next ``batch_size * world_size`` places of the stream and rank
-    `r` takes every `world_size`-th of them, beginning with the `r`-th. Nothing is dropped: a batch that begins
-    in one epoch ends in the next. So the union over ranks holds each example exactly once per epoch, whatever
-    the number of workers, and a run killed after `t` batches continues exactly with ``start_batch=t`` (with
-    another number of ranks too, if ``batch_size * world_size`` stays and `t` counts the same global batches).
+    `r` takes every `world_size`-th of them, beginning with the `r`-th. Nothing is dropped: a batch that
+    begins in one epoch ends in the next. So the union over ranks holds each example exactly once per epoch,
+    whatever the number of workers, and a run killed after `t` batches continues exactly with
+    ``start_batch=t`` (with another number of ranks too, if ``batch_size * world_size`` stays and `t` counts
+    the same global batches).
 
     length: examples in the dataset; batch_size: draws per batch *on this rank*. ValueError on empty or
     inconsistent sizes.
@@ -90,7 +93,8 @@ class ResumableSampler(Sampler[list[Draw]]):
 
 
 class DrawnDataset(Dataset[Any]):
-    """A map-style dataset read by `Draw` instead of by number, for sources without randomness of their own."""
+    """A map-style dataset read by `Draw` instead of by number, for sources without randomness of their
+    own."""
 
     def __init__(self, dataset: Dataset[Any]) -> None:
         self.dataset = dataset

@@ -27,7 +27,7 @@ def train_text_tokenizer(captions: Iterable[str], vocab_size: int = 512) -> PreT
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        # The alphabet is a hash set on the other side; sorted, the ids of the bytes are the same in every run.
+        # A hash set on the other side; sorted, the ids of the bytes are the same in every run.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

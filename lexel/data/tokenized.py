@@ -1,9 +1,9 @@
 """Pictures as stored codes: write them once with a frozen tokenizer, train language models on them.
 
 A folder holds `manifest.json` and numbered shards: `codes-00000.safetensors` (`indices` int32 ``[N, n, k]``,
-and `lengths` int32 ``[N]`` for flexible tokenizers) with `codes-00000.jsonl` (key and captions per row) beside
-it. Each file is written under another name and renamed, the tensors last, so a shard exists whole or not at
-all: an interrupted run is started again with the same call and continues at the first missing shard.
+and `lengths` int32 ``[N]`` for flexible tokenizers) with `codes-00000.jsonl` (key and captions per row)
+beside it. Each file is written under another name and renamed, the tensors last, so a shard exists whole or
+not at all: an interrupted run is started again with the same call and continues at the first missing shard.
 
 N pictures · n positions · k codebooks
 """
@@ -14,7 +14,7 @@ import json
 import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -96,13 +96,16 @@ class Manifest:
                 )
             return cls(**values)
         except FileNotFoundError:
-            raise LexelError(f"{folder} holds no {MANIFEST_FILE}; write codes there with `lexel tokenize`.") from None
+            raise LexelError(
+                f"{folder} holds no {MANIFEST_FILE}; write codes there with `lexel tokenize`."
+            ) from None
         except (ValueError, TypeError, AttributeError) as error:
             raise LexelError(f"{path} is not a manifest of codes ({error}).") from error
 
 
 class TokenizedDataset(Dataset[CodeExample]):
-    """The codes in `folder`, map-style. Shards are read on first use (memory-mapped), in each worker by itself.
+    """The codes in `folder`, map-style. Shards are read on first use (memory-mapped), in each worker by
+    itself.
 
     fingerprint: of the tokenizer that the codes must come from. Raises LexelError when they come from another
     one (naming both fingerprints), when a shard is missing or damaged.
@@ -180,19 +183,13 @@ def tokenize_dataset(
         )
     manifest = _open_folder(folder, _manifest_of(tokenizer, count, shard_size, source or {}))
     todo = [i for i in range(manifest.shards) if not _tensor_file(folder, i).is_file()]
-    # Evaluation mode and the device are put back: the caller may be in the middle of a training run.
-    training, before = tokenizer.training, next(tokenizer.parameters()).device
-    tokenizer.eval()
-    try:
-        job = partial(_write_shard, dataset=dataset, folder=folder, manifest=manifest, batch_size=batch_size)
-        if torch.device(device).type == "cpu" and workers > 0:
-            done = _in_processes(partial(job, tokenizer=tokenizer.cpu()), todo, workers)
-        else:
-            done = map(partial(job, tokenizer=tokenizer.to(device), threads=workers), todo)
+    job = partial(_write_shard, dataset=dataset, folder=folder, manifest=manifest, batch_size=batch_size)
+    in_processes = torch.device(device).type == "cpu" and workers > 0
+    with _evaluating(tokenizer, device):
+        job = partial(job, tokenizer=tokenizer, threads=0 if in_processes else workers)
+        done = _in_processes(job, todo, workers) if in_processes else map(job, todo)
         for _ in _track(done, len(todo)) if progress else done:
             pass
-    finally:
-        tokenizer.to(before).train(training)
     return TokenizedDataset(folder, manifest.fingerprint)
 
 
@@ -200,7 +197,8 @@ def tokenize_dataset(
 class CodeCheck:
     """Stored codes against their pictures. samples: pictures looked at; agreement: share of stored codes that
     encoding again gives; psnr: of the decoded stored codes against the pictures, in dB on the [0, 1] range;
-    decoded_difference: largest difference between pictures decoded from stored and from new codes, [-1, 1] range.
+    decoded_difference: largest difference between pictures decoded from stored and from new codes, [-1, 1]
+    range.
     """
 
     samples: int
@@ -210,7 +208,8 @@ class CodeCheck:
 
     @property
     def passed(self) -> bool:
-        """True when at least 99 % agree: another batch size or device may turn a near tie, no more than that."""
+        """True when at least 99 % agree: another batch size or device may turn a near tie, no more than
+        that."""
         return self.agreement >= 0.99
 
 
@@ -236,20 +235,32 @@ def check_codes(
             )
     device = next(tokenizer.parameters()).device
     pixels = stack_pixels(examples).to(device)
-    new = tokenizer.encode(pixels)
     old = _stored_codes(stored, rows, device)
+    with _evaluating(tokenizer, device):
+        new = tokenizer.encode(pixels)
+        decoded, decoded_new = tokenizer.decode(old), tokenizer.decode(new)
     difference = new.indices != old.indices
     if old.lengths is not None:
         inside = torch.arange(difference.shape[1], device=device) < old.lengths[:, None]
         difference = difference[inside]
-    decoded = tokenizer.decode(old)
     error = ((decoded.clamp(-1, 1) - pixels) / 2).square().mean().clamp_min(1e-10)
     return CodeCheck(
         samples,
         1.0 - difference.double().mean().item(),
         -10 * error.log10().item(),
-        (decoded - tokenizer.decode(new)).abs().max().item(),
+        (decoded - decoded_new).abs().max().item(),
     )
+
+
+@contextmanager
+def _evaluating(tokenizer: Tokenizer, device: torch.device | str) -> Iterator[None]:
+    """In eval mode on `device` for a while: the caller may be in the middle of training the tokenizer."""
+    training, before = tokenizer.training, next(tokenizer.parameters()).device
+    try:
+        tokenizer.to(device).eval()
+        yield
+    finally:
+        tokenizer.to(before).train(training)
 
 
 def _stored_codes(stored: TokenizedDataset, rows: Sequence[int], device: torch.device) -> Codes:
@@ -341,7 +352,7 @@ def _write_shard(
     tensors = {"indices": torch.cat(indices)}
     if lengths:
         tensors["lengths"] = torch.cat(lengths)
-    lines = "".join(json.dumps(text, ensure_ascii=False) + "\n" for text in texts)
+    lines = "".join(json.dumps(text) + "\n" for text in texts)
     write_atomically(_text_file(folder, shard), lambda path: _write_text(path, lines))
     metadata = {"fingerprint": manifest.fingerprint}
     write_atomically(_tensor_file(folder, shard), lambda path: save_file(tensors, path, metadata))
@@ -353,7 +364,9 @@ def _read_texts(folder: Path, shard: int) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     except (OSError, ValueError) as error:
-        raise LexelError(f"{path} is missing or damaged ({error}); delete the shard and tokenize again.") from error
+        raise LexelError(
+            f"{path} is missing or damaged ({error}); delete the shard and tokenize again."
+        ) from error
 
 
 def _read_shard(folder: Path, shard: int, rows: int) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
@@ -363,7 +376,9 @@ def _read_shard(folder: Path, shard: int, rows: int) -> tuple[list[dict[str, Any
     except Exception as error:  # safetensors raises its own error type for damaged headers
         raise LexelError(f"{path} is damaged ({error}); delete it and tokenize again.") from error
     if len(texts) != rows or len(tensors["indices"]) != rows:
-        raise LexelError(f"{path} holds {len(tensors['indices'])} rows and {len(texts)} texts, expected {rows}.")
+        raise LexelError(
+            f"{path} holds {len(tensors['indices'])} rows and {len(texts)} texts, expected {rows}."
+        )
     return texts, tensors
 
 

@@ -1,0 +1,383 @@
+"""The `lexel` command: sample, describe, reconstruct, tokenize, evaluate, demo.
+
+Exit codes: 0 done, 2 the user's to mend (one sentence on stderr, never a traceback), 130 interrupted.
+Heavy libraries load inside the commands, so that `lexel --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lexel import __version__
+from lexel.errors import LexelError
+
+if TYPE_CHECKING:
+    from lexel.sample.pipeline import Pipeline
+
+SHAPES = "shapes"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. `argv` defaults to the process's arguments."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (LexelError, ValueError, OSError) as error:
+        print(f"lexel: error: {_sentence(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("lexel: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _sentence(error: Exception) -> str:
+    """The error's message on one line; system errors name the file."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}."
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# Arguments
+
+
+def _number(
+    least: float, kind: Callable[[str], Any] = int, most: float | None = None
+) -> Callable[[str], Any]:
+    """An argparse type: a number from `least` (to `most`)."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not value >= least or (most is not None and not value <= most):
+            upper = "" if most is None else f" and at most {most}"
+            raise argparse.ArgumentTypeError(f"must be at least {least}{upper}, got {text}")
+        return value
+
+    parse.__name__ = "number"
+    return parse
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], help: str, example: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=help,
+        description=f"{help[0].upper()}{help[1:]}.",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_bundle(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--bundle", metavar="DIR", help="bundle folder or hub id (default: the shipped one)")
+    _add_device(parser)
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (default: auto)")
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=_number(0), help="repeats exactly; without it every run differs")
+    parser.add_argument("--temperature", type=_number(0.0, float), help="0 is greedy (default: the bundle's)")
+    parser.add_argument(
+        "--decoding",
+        default="auto",
+        choices=("auto", "plain", "nested", "jacobi", "drafter"),
+        help="who drafts tokens; all sample the same distribution (default: the bundle's choice)",
+    )
+
+
+def _add_detokenizer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--detokenizer", action="store_true", help="draw pixels with the generative decoder")
+    parser.add_argument("--steps", type=_number(1), help="its solver steps (default: its own)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="lexel",
+        description="Draw from text, describe and reconstruct pictures with discrete tokens.",
+        epilog='example:\n  lexel sample "a red circle left of a blue square" --count 4 --out pictures',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"lexel {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    sample = _command(
+        commands, "sample", _sample, "draw pictures of a text",
+        'lexel sample "a red circle left of a blue square" --count 4 --out pictures --seed 1',
+    )  # fmt: skip
+    sample.add_argument("text", help="what to draw")
+    sample.add_argument("--count", type=_number(1), default=4, help="how many pictures (default: 4)")
+    sample.add_argument("--out", type=Path, default=Path("samples"), metavar="DIR", help="default: samples")
+    sample.add_argument("--guidance", type=_number(0.0, float), help="1 is none (default: the bundle's)")
+    for add in (_add_sampling, _add_detokenizer, _add_bundle, _add_json):
+        add(sample)
+
+    describe = _command(
+        commands, "describe", _describe, "write what pictures show",
+        "lexel describe pictures/0000.png",
+    )  # fmt: skip
+    describe.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE")
+    for add in (_add_sampling, _add_bundle, _add_json):
+        add(describe)
+
+    reconstruct = _command(
+        commands, "reconstruct", _reconstruct, "send a picture through its tokens and back",
+        "lexel reconstruct photo.png --out photo-tokens.png",
+    )  # fmt: skip
+    reconstruct.add_argument("picture", type=Path, metavar="PICTURE")
+    reconstruct.add_argument("--length", type=_number(1), help="tokens to keep (flexible tokenizers only)")
+    reconstruct.add_argument("--out", type=Path, metavar="FILE", help="default: PICTURE-reconstructed.png")
+    reconstruct.add_argument(
+        "--seed", type=_number(0), default=0, help="of the detokenizer's noise (default: 0)"
+    )
+    for add in (_add_detokenizer, _add_bundle, _add_json):
+        add(reconstruct)
+
+    _add_data_commands(commands)
+    return parser
+
+
+def _add_data_commands(commands: Any) -> None:
+    tokenize = _command(
+        commands, "tokenize", _tokenize, "write a data set's codes, to train language models on",
+        "lexel tokenize photos --out photo-codes --tokenizer outputs/photos/tokenizer --workers 2 --check",
+    )  # fmt: skip
+    tokenize.add_argument("data", metavar="DATA", help="folder of pictures or of .tar shards, or 'shapes'")
+    tokenize.add_argument("--out", type=Path, required=True, metavar="SHARDS", help="folder for the codes")
+    tokenize.add_argument(
+        "--tokenizer", metavar="DIR", help="tokenizer or bundle folder, or hub id (default: the shipped one)"
+    )
+    tokenize.add_argument("--split", choices=("all", "train", "validation"), default="all")
+    tokenize.add_argument("--batch-size", type=_number(1), default=64)
+    tokenize.add_argument("--workers", type=_number(0), default=0, help="processes (default: this one)")
+    tokenize.add_argument("--check", action="store_true", help="afterwards encode a sample again and compare")
+
+    evaluate = _command(
+        commands, "evaluate", _evaluate, "measure a bundle on held-out data",
+        "lexel evaluate --bundle outputs/quickstart/bundle --count 500 --json report.json",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--data", default=SHAPES, help="'shapes' (default), or a folder of pictures or shards"
+    )
+    evaluate.add_argument("--count", type=_number(1), default=500, help="prompts of each kind (default: 500)")
+    evaluate.add_argument("--seed", type=_number(0), default=0, help="default: 0")
+    evaluate.add_argument("--batch-size", type=_number(1), default=64)
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the report there ('-': print it)")
+    evaluate.add_argument(
+        "--card", type=Path, metavar="FILE", help="write a model card with the figures there"
+    )
+
+    demo = _command(
+        commands, "demo", _demo, "open the browser demo (needs the extra: pip install 'lexel[demo]')",
+        "lexel demo --port 7860",
+    )  # fmt: skip
+    demo.add_argument("--port", type=_number(1, int, 65535), default=7860, help="default: 7860")
+    for command in (evaluate, demo):
+        _add_bundle(command)
+    _add_device(tokenize)
+    _add_json(tokenize)
+
+
+# Commands
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise LexelError(f"there is no device {name!r}; give auto, cpu or cuda.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise LexelError(f"device {name} was asked for, but this machine has no usable CUDA device.")
+    return device
+
+
+def _load(arguments: argparse.Namespace) -> Pipeline:
+    from lexel.sample.pipeline import Pipeline
+
+    return Pipeline.from_pretrained(arguments.bundle).to(_device(arguments.device))
+
+
+def _save_picture(pixels: Any, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
+    from lexel.data.images import to_image
+    from lexel.hub import write_atomically
+
+    write_atomically(path, lambda temporary: to_image(pixels).save(temporary, format="PNG"))
+
+
+def _show(arguments: argparse.Namespace, values: dict[str, Any], text: str) -> None:
+    print(json.dumps(values, indent=2, ensure_ascii=False) if arguments.json else text)
+
+
+def _sample(arguments: argparse.Namespace) -> None:
+    from lexel.document import Image, Text
+
+    pipe = _load(arguments)
+    output = pipe(
+        [Text(arguments.text), Image.blank()],
+        count=arguments.count,
+        seed=arguments.seed,
+        temperature=arguments.temperature,
+        guidance=arguments.guidance,
+        decoding=arguments.decoding,
+        detokenizer=arguments.detokenizer,
+        steps=arguments.steps,
+    )
+    paths = [arguments.out / f"{number:04d}.png" for number in range(arguments.count)]
+    for path, document in zip(paths, output.documents):
+        _save_picture(document[-1].pixels, path)  # type: ignore[union-attr]
+    stats = {
+        "mean_accepted": output.stats.mean_accepted,
+        "target_forwards": output.stats.target_forwards,
+        "seconds": output.stats.seconds,
+    }
+    values = {"text": arguments.text, "seed": arguments.seed, "pictures": [str(p) for p in paths], **stats}
+    _show(arguments, values, "\n".join(str(path) for path in paths))
+
+
+def _describe(arguments: argparse.Namespace) -> None:
+    from lexel.document import Document, Image, Text
+
+    pipe = _load(arguments)
+    documents: list[Document] = [
+        [Image(pixels=pipe.read_picture(path)), Text.blank()] for path in arguments.pictures
+    ]
+    output = pipe.generate(
+        documents, seed=arguments.seed, temperature=arguments.temperature, decoding=arguments.decoding
+    )
+    captions = [pipe.caption(document) for document in output.documents]
+    names = [str(path) for path in arguments.pictures]
+    values = {"captions": [{"picture": name, "text": text} for name, text in zip(names, captions)]}
+    one = len(names) == 1
+    _show(arguments, values, captions[0] if one else "\n".join(f"{n}: {c}" for n, c in zip(names, captions)))
+
+
+def _reconstruct(arguments: argparse.Namespace) -> None:
+    from lexel.evaluate.metrics import psnr
+
+    pipe = _load(arguments)
+    pixels = pipe.read_picture(arguments.picture)
+    picture = pipe.reconstruct(
+        pixels,
+        arguments.length,
+        detokenizer=arguments.detokenizer,
+        steps=arguments.steps,
+        seed=arguments.seed,
+    )
+    source = arguments.picture
+    path = arguments.out or source.with_name(f"{source.stem}-reconstructed.png")
+    _save_picture(picture, path)
+    decibels = float(psnr(picture[None], pixels[None])[0])
+    tokens = arguments.length or pipe.tokenizer.layout.positions
+    values = {"picture": str(path), "tokens": tokens, "psnr": decibels}
+    _show(arguments, values, f"{path}: {tokens} tokens, {decibels:.1f} dB")
+
+
+def data_config(name: str, size: tuple[int, int]) -> Any:
+    """The data source config that DATA on the command line means, at a picture size (h, w).
+    Raises LexelError for a folder that does not exist or holds nothing."""
+    if name == SHAPES:
+        from lexel.data.shapes import ShapesConfig
+
+        return ShapesConfig(size=size[0])
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise LexelError(f"data folder {name} does not exist; give a folder, or 'shapes'.")
+    from lexel.data import FolderConfig, ShardsConfig
+
+    shards = next(folder.rglob("*.tar"), None) is not None
+    return (ShardsConfig if shards else FolderConfig)(root=str(folder), size=size)
+
+
+def _tokenize(arguments: argparse.Namespace) -> None:
+    from dataclasses import asdict, replace
+
+    from lexel.data.tokenized import check_codes, tokenize_dataset
+    from lexel.sample.bundle import load_tokenizer_of
+
+    tokenizer = load_tokenizer_of(arguments.tokenizer)
+    config = data_config(arguments.data, tokenizer.image_size)
+    if arguments.split == "all" and arguments.data != SHAPES:
+        config = replace(config, validation_share=0.0)
+    split = "train" if arguments.split == "all" else arguments.split
+    dataset = config.build(split)
+    written = tokenize_dataset(
+        tokenizer,
+        dataset,
+        arguments.out,
+        batch_size=arguments.batch_size,
+        workers=arguments.workers,
+        device=_device(arguments.device),
+        progress=sys.stderr.isatty(),
+        source={"data": arguments.data, "split": split, **asdict(config)},
+    )
+    values: dict[str, Any] = {"folder": str(arguments.out), "pictures": len(written)}
+    text = f"{arguments.out}: codes of {len(written)} pictures"
+    if arguments.check:
+        check = check_codes(arguments.out, tokenizer, dataset)
+        values["check"] = {**asdict(check), "passed": check.passed}
+        text += f"; {check.agreement:.1%} of {check.samples} pictures' codes agree, {check.psnr:.1f} dB"
+        if not check.passed:
+            raise LexelError(
+                f"{arguments.out}: only {check.agreement:.1%} of the stored codes are what the tokenizer "
+                "writes now; delete the folder and tokenize again."
+            )
+    _show(arguments, values, text)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from lexel.evaluate.card import figures_table, model_card
+    from lexel.evaluate.evaluate import evaluate_bundle
+    from lexel.sample.bundle import write_json, write_text
+
+    pipe = _load(arguments)
+    report = evaluate_bundle(
+        pipe,
+        data_config(arguments.data, pipe.tokenizer.image_size),
+        count=arguments.count,
+        seed=arguments.seed,
+        batch_size=arguments.batch_size,
+        progress=sys.stderr.isatty(),
+    )
+    if arguments.card is not None:
+        write_text(arguments.card, model_card(pipe, report))
+    if str(arguments.json) == "-":
+        print(json.dumps(report, indent=2))
+        return
+    if arguments.json is not None:
+        write_json(arguments.json, report)
+    print(figures_table(report))
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    try:
+        from lexel.sample.demo import build_demo
+    except ModuleNotFoundError as error:
+        raise LexelError(
+            f"the demo needs {error.name}; install it with: pip install 'lexel[demo]'."
+        ) from None
+    build_demo(_load(arguments)).launch(server_name="127.0.0.1", server_port=arguments.port, share=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

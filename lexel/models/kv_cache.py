@@ -1,0 +1,160 @@
+"""Preallocated keys and values, every row with its own length.
+
+n layers · b rows · g key/value heads · t slots · e head width · q new tokens per row
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lexel.errors import LexelError
+
+
+class KVCache:
+    """Keys and values of what each row has read so far, for inference (no gradients flow through it).
+
+    Row r's tokens fill slots ``0 .. lengths[r] - 1``; what lies beyond is left over or zero and must be
+    masked. A forward writes q new tokens of every row at its own end (`append`, once per layer) and then
+    lengthens every row by q (`advance`). Undoing is `crop`; after verifying a tree, `keep` closes the
+    gaps between the accepted tokens.
+
+    Lengths live on the host: no step of decoding waits for the device to read them.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        batch: int,
+        kv_heads: int,
+        max_length: int,
+        head_dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        shape = (layers, batch, kv_heads, max_length, head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self._lengths = [0] * batch
+        self._slots: Tensor | None = None
+
+    @property
+    def batch(self) -> int:
+        """Number of rows."""
+        return self.keys.shape[1]
+
+    @property
+    def max_length(self) -> int:
+        """Slots of each row."""
+        return self.keys.shape[3]
+
+    @property
+    def lengths(self) -> Tensor:
+        """Long ``[b]`` on the cache's device: tokens held by each row."""
+        return torch.tensor(self._lengths, device=self.keys.device)
+
+    @property
+    def host_lengths(self) -> tuple[int, ...]:
+        """The same lengths as Python numbers."""
+        return tuple(self._lengths)
+
+    @property
+    def uniform(self) -> bool:
+        """True when all rows have the same length."""
+        return len(set(self._lengths)) <= 1
+
+    def span(self, new: int) -> int:
+        """Slots that a forward of `new` tokens per row looks at: the longest row's length after it.
+        Raises LexelError when the cache does not hold that many."""
+        needed = max(self._lengths, default=0) + new
+        if needed > self.max_length:
+            raise LexelError(
+                f"the cache holds {self.max_length} positions, asked for {needed}; "
+                f"build it with max_length={needed}."
+            )
+        return needed
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write ``[b, g, q, e]`` at the end of each row and return views ``[b, g, span(q), e]``.
+        Lengths change only in `advance`, after the last layer. Raises LexelError when full."""
+        new = keys.shape[2]
+        span = self.span(new)
+        for store, value in ((self.keys[layer], keys), (self.values[layer], values)):
+            if self.uniform:
+                store[:, :, span - new : span] = value
+            else:
+                rows = torch.arange(self.batch, device=store.device)[:, None]
+                store[rows, :, self._new_slots(new)] = value.transpose(1, 2).to(store.dtype)
+        return self.keys[layer, :, :, :span], self.values[layer, :, :, :span]
+
+    def _new_slots(self, new: int) -> Tensor:
+        """Long ``[b, new]``: where the next tokens of each row go; kept until lengths change."""
+        if self._slots is None or self._slots.shape[1] != new:
+            self._slots = self.lengths[:, None] + torch.arange(new, device=self.keys.device)
+        return self._slots
+
+    def visible(self, new: int) -> Tensor | None:
+        """Bool ``[b or 1, new, span(new)]``: each new token sees its row's tokens, itself and the new ones
+        before it. None when it sees every slot (one new token, rows of equal length)."""
+        span = self.span(new)
+        if self.uniform and new == 1:
+            return None
+        slots = torch.arange(span, device=self.keys.device)
+        if self.uniform:
+            return (slots <= slots[span - new :, None])[None]
+        return slots <= self._new_slots(new)[:, :, None]
+
+    def advance(self, new: int) -> None:
+        """Count `new` appended tokens into every row."""
+        self._set([length + new for length in self._lengths])
+
+    def crop(self, lengths: int | Sequence[int] | Tensor) -> None:
+        """Forget the end of rows: an int caps every row; one length per row (list or ``[b]``) sets each.
+        Raises ValueError when a row would grow or a length is negative."""
+        if isinstance(lengths, int):
+            target = [min(lengths, have) for have in self._lengths]
+        else:
+            target = [int(x) for x in (lengths.tolist() if isinstance(lengths, Tensor) else lengths)]
+        if len(target) != self.batch or any(not 0 <= t <= h for t, h in zip(target, self._lengths)):
+            raise ValueError(
+                f"cannot crop rows of {self._lengths} to {target}: one length per row, none longer than now."
+            )
+        self._set(target)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i becomes the old row ``rows[i]`` (long ``[b']``): repeats copy, absent rows are dropped."""
+        rows = rows.to(self.keys.device)
+        used = max(self._lengths, default=0)
+        if len(rows) == self.batch:
+            for store in (self.keys, self.values):
+                store[:, :, :, :used] = store[:, :, :, :used].index_select(1, rows)
+        else:
+            self.keys, self.values = (store.index_select(1, rows) for store in (self.keys, self.values))
+        self._set([self._lengths[row] for row in rows.tolist()])
+
+    def keep(self, window: int, paths: Sequence[Sequence[int]]) -> None:
+        """Of each row's last `window` tokens keep those numbered ``paths[r]`` (0 is the window's first),
+        moved together in that order: the accepted branch of a verified tree.
+        Raises ValueError when a row lacks the window or a number lies outside it."""
+        if len(paths) != self.batch or window > min(self._lengths, default=0):
+            raise ValueError(
+                f"keep needs one path per row and {window} tokens in each row of {self._lengths}."
+            )
+        lengths = []
+        for row, path in enumerate(paths):
+            if any(not 0 <= node < window for node in path):
+                raise ValueError(f"path {list(path)} leaves the window of {window} tokens.")
+            start = self._lengths[row] - window
+            lengths.append(start + len(path))
+            if list(path) != list(range(len(path))):
+                slots = start + torch.tensor(path, device=self.keys.device)
+                for store in (self.keys, self.values):
+                    store[:, row, :, start : start + len(path)] = store[:, row].index_select(2, slots)
+        self._set(lengths)
+
+    def _set(self, lengths: list[int]) -> None:
+        self._lengths = lengths
+        self._slots = None

@@ -1,0 +1,99 @@
+"""Self-attention of decoders.
+
+b batch · l queries · s keys · h heads · g key/value heads · e head width · d width
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from lexel.nn.norm import RMSNorm
+from lexel.nn.rope import rotate
+
+Extend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention (Ainslie et al., arXiv:2305.13245) with rotary positions and, on request,
+    RMS-normalised queries and keys per head (as in Qwen3). Parameters are named as in transformers' Llama.
+
+    Raises ValueError when the heads do not divide into the key/value heads.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        if heads % kv_heads:
+            raise ValueError(f"{heads} heads cannot share {kv_heads} key/value heads evenly.")
+        self.head_dim = head_dim
+        self.q_proj = nn.Linear(dim, heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(dim, kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(dim, kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * head_dim, dim, bias=False)
+        self.q_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        *,
+        causal: bool = False,
+        extend: Extend | None = None,
+    ) -> Tensor:
+        """``[b, l, d] -> [b, l, d]``. rotation: (cos, sin) of `Rotary`; mask: additive float broadcastable to
+        ``[b, h, l, s]``; causal: the plain lower triangle instead of a mask; extend: stores the new keys and
+        values ``[b, g, l, e]`` and returns all of them, ``[b, g, s, e]`` (a cache's `append`)."""
+        q, k, v = (
+            rearrange(project(x), "b l (h e) -> b h l e", e=self.head_dim)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        if extend is not None:
+            k, v = extend(k, v)
+        out = attend(q, k, v, mask, causal)
+        return self.o_proj(rearrange(out, "b h l e -> b l (h e)"))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """Scaled dot-product attention of ``q [b, h, l, e]`` to ``k, v [b, g, s, e]``, h a multiple of g; mask as
+    `additive_mask` makes it. Runs in the values' dtype, under autocast on a CPU in float32: torch's bfloat16
+    kernel there is up to three times slower on short sequences."""
+    grouped = q.shape[1] != k.shape[1]
+    autocast = torch.is_autocast_enabled(q.device.type)
+    dtype = torch.float32 if autocast and q.device.type == "cpu" else v.dtype
+    with torch.autocast(q.device.type, enabled=autocast and q.device.type != "cpu"):
+        out = F.scaled_dot_product_attention(
+            q.to(dtype),
+            k.to(dtype),
+            v.to(dtype),
+            None if mask is None else mask.to(dtype),
+            is_causal=causal,
+            enable_gqa=grouped,
+        )
+    return out if autocast else out.to(q.dtype)
+
+
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bool ``[b, l, s]`` (True: may look) → float ``[b, 1, l, s]`` of 0 and -inf; float masks only change
+    dtype. Made once per forward, where passing booleans would convert them again in every layer."""
+    if visible.dtype != torch.bool:
+        return visible.to(dtype).unsqueeze(1)
+    zeros = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return zeros.masked_fill_(~visible, float("-inf")).unsqueeze(1)

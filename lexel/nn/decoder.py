@@ -1,0 +1,89 @@
+"""The decoder block: attention, nested SwiGLU feed-forward, pre-norm.
+
+b batch · l positions · d width · m feed-forward width
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lexel.nn.attention import Extend, SelfAttention
+from lexel.nn.norm import RMSNorm
+
+WIDTH_MULTIPLE = 8
+INIT_STD = 0.02
+
+
+def nested_width(ffn_dim: int, width: float | None) -> int:
+    """Hidden units of the nested feed-forward at the fraction `width` of `ffn_dim`: a multiple of 8, at
+    least 8; None and 1.0 are all of them. Raises ValueError outside (0, 1]."""
+    if width is None or width == 1.0:
+        return ffn_dim
+    if not 0 < width < 1:
+        raise ValueError(f"width is a fraction of the feed-forward in (0, 1], got {width}.")
+    units = WIDTH_MULTIPLE * max(1, round(width * ffn_dim / WIDTH_MULTIPLE))
+    return min(units, ffn_dim)
+
+
+class SwiGLU(nn.Module):
+    """``down(silu(gate x) * up x)`` (Shazeer, arXiv:2002.05202) whose first hidden units form smaller
+    networks: MatFormer (Devvrit et al., arXiv:2310.07707)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, hidden, bias=False)
+        self.up_proj = nn.Linear(dim, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor, width: float | None = None) -> Tensor:
+        """``[..., d] -> [..., d]`` with the first hidden units; width as in `nested_width`."""
+        units = nested_width(self.gate_proj.out_features, width)
+        if units == self.gate_proj.out_features:
+            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        # Slices are views: the first rows of gate and up, the first columns of down.
+        gate = F.linear(x, self.gate_proj.weight[:units])
+        up = F.linear(x, self.up_proj.weight[:units])
+        return F.linear(F.silu(gate) * up, self.down_proj.weight[:, :units])
+
+
+class DecoderLayer(nn.Module):
+    """One pre-norm block; parameters are named as in transformers' `LlamaDecoderLayer`."""
+
+    def __init__(self, attention: SelfAttention, ffn_dim: int, *, norm_eps: float, dropout: float) -> None:
+        super().__init__()
+        dim = attention.o_proj.out_features
+        self.self_attn = attention
+        self.mlp = SwiGLU(dim, ffn_dim)
+        self.input_layernorm = RMSNorm(dim, norm_eps)
+        self.post_attention_layernorm = RMSNorm(dim, norm_eps)
+        self.dropout = dropout
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        *,
+        causal: bool = False,
+        extend: Extend | None = None,
+        width: float | None = None,
+    ) -> Tensor:
+        """``[b, l, d] -> [b, l, d]``; arguments as in `SelfAttention` and `SwiGLU`."""
+        y = self.self_attn(self.input_layernorm(x), rotation, mask, causal=causal, extend=extend)
+        x = x + self._drop(y)
+        return x + self._drop(self.mlp(self.post_attention_layernorm(x), width))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+def init_decoder(module: nn.Module, layers: int) -> None:
+    """N(0, 0.02) for every linear and embedding, projections back onto the residual stream divided by
+    sqrt(2 · layers) so that its variance does not grow with depth (GPT-2)."""
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Linear | nn.Embedding):
+            deep = name.endswith(("o_proj", "down_proj"))
+            nn.init.normal_(part.weight, std=INIT_STD / math.sqrt(2 * layers) if deep else INIT_STD)

@@ -1,0 +1,56 @@
+"""Rotary position embedding over one or three axes.
+
+b batch · l positions · h heads · e head width
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Rotary(nn.Module):
+    """Rotation angles from positions ``[b, l, 3]`` = (index in the document, picture row, picture column).
+
+    axes: share of the ``e / 2`` rotated pairs given to each axis; every axis with m pairs has the spectrum
+    ``theta ** (-i / m)``. (1, 0, 0) is the plain rotary embedding of Llama (Su et al., arXiv:2104.09864);
+    (0, .5, .5) the two-dimensional one of picture models. Rounding surplus goes to the index.
+    Raises ValueError when the head width is odd or the shares are negative or do not add up to 1.
+    """
+
+    def __init__(
+        self, head_dim: int, theta: float = 1e4, axes: tuple[float, float, float] = (1.0, 0.0, 0.0)
+    ) -> None:
+        super().__init__()
+        if head_dim % 2:
+            raise ValueError(f"rotary embedding needs an even head width, got {head_dim}.")
+        if len(axes) != 3 or min(axes) < 0 or abs(sum(axes) - 1) > 1e-6:
+            raise ValueError(f"rope_axes are three shares that add up to 1, got {tuple(axes)}.")
+        pairs = head_dim // 2
+        rows, columns = round(pairs * axes[1]), round(pairs * axes[2])
+        self.theta = theta
+        self.pairs = (max(0, pairs - rows - columns), rows, min(columns, pairs - rows))
+        # Not a buffer: `model.to(torch.bfloat16)` must not round the frequencies.
+        self._spectrum: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Long ``[b, l, 3]`` → (cos, sin), float32 ``[b, 1, l, e / 2]``."""
+        if self._spectrum is None or self._spectrum[0].device != positions.device:
+            self._spectrum = self._build_spectrum(positions.device)
+        axis, frequency = self._spectrum
+        angles = positions.index_select(-1, axis).float() * frequency
+        return angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
+
+    def _build_spectrum(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """For each rotated pair, its axis (long) and its frequency (float32)."""
+        axis = torch.repeat_interleave(torch.arange(3), torch.tensor(self.pairs))
+        steps = [torch.arange(m).float() / m for m in self.pairs if m]
+        return axis.to(device), (1.0 / self.theta ** torch.cat(steps)).to(device)
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate ``x [b, h, l, e]`` by (cos, sin) ``[b, 1, l, e / 2]``; pair i is (i, i + e/2), the half-split
+    convention of transformers' Llama."""
+    cos, sin = rotation
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -1,0 +1,158 @@
+"""Pre-norm transformer blocks with CLIP's parameter names, shared by TiTok-like 1D tokenizers and FQGAN's
+adapters: `ln_1`, `attn.{in_proj_weight, in_proj_bias, out_proj}`, `ln_2`, `mlp.{c_fc, c_proj}`.
+
+b batch · l tokens · d width · g heads
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+class MultiheadAttention(nn.Module):
+    """Self-attention with `nn.MultiheadAttention`'s parameters and values, batch first, through the fused
+    kernel. Raises ValueError when heads do not divide the width."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"{heads} heads do not divide a width of {width}.")
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
+        """``[b, l, d] -> [b, l, d]``. visible: bool ``[b, l]``, tokens that may be looked at (None: all)."""
+        packed = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = rearrange(packed, "b l (three g e) -> three b g l e", three=3, g=self.heads)
+        mask = None if visible is None else visible[:, None, None, :]
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out_proj(rearrange(mixed, "b g l e -> b l (g e)"))
+
+
+class VisionBlock(nn.Module):
+    """``x += attn(ln_1 x)``, ``x += c_proj(gelu(c_fc(ln_2 x)))`` on ``[b, l, d]``; exact GELU, eps 1e-5."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0) -> None:
+        super().__init__()
+        hidden = int(width * mlp_ratio)
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = MultiheadAttention(width, heads)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            OrderedDict(c_fc=nn.Linear(width, hidden), gelu=nn.GELU(), c_proj=nn.Linear(hidden, width))
+        )
+
+    def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
+        """``[b, l, d] -> [b, l, d]``; `visible` as in `MultiheadAttention`."""
+        x = x + self.attn(self.ln_1(x), visible)
+        return x + self.mlp(self.ln_2(x))
+
+
+class TokenAdapter(nn.Module):
+    """FQGAN's FactorizedAdapter: learned positions, `ln_pre`, blocks, `ln_post` over the cells of a fixed
+    grid. ``[b, d, h, w] -> [b, d, h, w]``; raises ValueError for another number of cells."""
+
+    def __init__(self, width: int, cells: int, layers: int, heads: int) -> None:
+        super().__init__()
+        self.positional_embedding = nn.Parameter(torch.randn(cells, width) * width**-0.5)
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = nn.ModuleList(VisionBlock(width, heads) for _ in range(layers))
+        self.ln_post = nn.LayerNorm(width)
+
+    def forward(self, grid: Tensor) -> Tensor:
+        """See the class."""
+        cells = self.positional_embedding.shape[0]
+        if grid.shape[2] * grid.shape[3] != cells:
+            raise ValueError(f"the adapter is made for {cells} cells, got {grid.shape[2]}x{grid.shape[3]}.")
+        x = self.ln_pre(rearrange(grid, "b d h w -> b (h w) d") + self.positional_embedding)
+        for block in self.transformer:
+            x = block(x)
+        return rearrange(self.ln_post(x), "b (h w) d -> b d h w", h=grid.shape[2])
+
+
+class LatentEncoder(nn.Module):
+    """TiTok's encoder (arXiv 2406.07550, proper transpose, "is_legacy: false").
+
+    Patches and N latent queries attend to each other; only the latents are read out.
+    ``[b, 3, h, w], [N, d] -> [b, N, token_size]``.
+    """
+
+    def __init__(
+        self, image_size: int, patch: int, width: int, layers: int, heads: int, latents: int, token_size: int
+    ) -> None:
+        super().__init__()
+        cells = (image_size // patch) ** 2
+        scale = width**-0.5
+        self.patch_embed = nn.Conv2d(3, width, patch, stride=patch)
+        self.class_embedding = nn.Parameter(scale * torch.randn(1, width))
+        self.positional_embedding = nn.Parameter(scale * torch.randn(cells + 1, width))
+        self.latent_token_positional_embedding = nn.Parameter(scale * torch.randn(latents, width))
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = nn.ModuleList(VisionBlock(width, heads) for _ in range(layers))
+        self.ln_post = nn.LayerNorm(width)
+        self.conv_out = nn.Conv2d(width, token_size, 1)
+
+    def forward(self, pixels: Tensor, queries: Tensor) -> Tensor:
+        """See the class."""
+        patches = rearrange(self.patch_embed(pixels), "b d h w -> b (h w) d")
+        count = pixels.shape[0]
+        start = self.class_embedding.expand(count, 1, -1)
+        latents = (queries + self.latent_token_positional_embedding).expand(count, -1, -1)
+        x = torch.cat([torch.cat([start, patches], 1) + self.positional_embedding, latents], 1)
+        x = self.ln_pre(x)
+        for block in self.transformer:
+            x = block(x)
+        x = self.ln_post(x[:, -queries.shape[0] :])
+        return rearrange(self.conv_out(rearrange(x, "b n d -> b d 1 n")), "b c 1 n -> b n c")
+
+
+class LatentDecoder(nn.Module):
+    """TiTok's direct-RGB decoder: mask tokens on the patch grid and the latent tokens attend to each other;
+    the mask tokens become patches. ``[b, n, token_size] -> [b, 3, h, w]`` for any n up to N."""
+
+    def __init__(
+        self, image_size: int, patch: int, width: int, layers: int, heads: int, latents: int, token_size: int
+    ) -> None:
+        super().__init__()
+        self.patch = patch
+        self.grid = image_size // patch
+        scale = width**-0.5
+        self.decoder_embed = nn.Linear(token_size, width)
+        self.class_embedding = nn.Parameter(scale * torch.randn(1, width))
+        self.positional_embedding = nn.Parameter(scale * torch.randn(self.grid**2 + 1, width))
+        self.mask_token = nn.Parameter(scale * torch.randn(1, 1, width))
+        self.latent_token_positional_embedding = nn.Parameter(scale * torch.randn(latents, width))
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = nn.ModuleList(VisionBlock(width, heads) for _ in range(layers))
+        self.ln_post = nn.LayerNorm(width)
+        self.ffn = nn.Sequential(nn.Conv2d(width, 3 * patch * patch, 1))
+        self.conv_out = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """See the class. lengths: long ``[b]``, tokens of each row that exist; the rest is not looked at."""
+        count, n, _ = tokens.shape
+        cells = self.grid**2
+        latents = self.decoder_embed(tokens) + self.latent_token_positional_embedding[:n]
+        start = self.class_embedding.expand(count, 1, -1)
+        masks = self.mask_token.expand(count, cells, -1)
+        x = torch.cat([torch.cat([start, masks], 1) + self.positional_embedding, latents], 1)
+        visible = None
+        if lengths is not None:
+            kept = torch.arange(n, device=tokens.device) < lengths[:, None]
+            visible = torch.cat([kept.new_ones(count, cells + 1), kept], 1)
+        x = self.ln_pre(x)
+        for block in self.transformer:
+            x = block(x, visible)
+        x = rearrange(self.ln_post(x[:, 1 : 1 + cells]), "b (h w) d -> b d h w", h=self.grid)
+        # The published order is (p1 p2 c), channel fastest, unlike nn.PixelShuffle.
+        x = rearrange(self.ffn(x), "b (p q c) h w -> b c (h p) (w q)", p=self.patch, q=self.patch)
+        return self.conv_out(x)

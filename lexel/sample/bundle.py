@@ -1,0 +1,207 @@
+"""The bundle folder: every part of a trained chain, each loadable alone.
+
+    bundle.json       format version, parts, layouts, sampling defaults, the tokenizer's fingerprint
+    tokenizer/  lm/  detokenizer/ (optional)  drafter/ (optional)     config.json + model.safetensors
+    text_tokenizer/   transformers' files;  vocabulary.json;  README.md (model card)
+
+`trained_on.json` beside the weights of every part that reads codes names the tokenizer they come from, so
+that parts of different bundles cannot be mixed by accident.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lexel.document import DocumentCodec, TextTokenizer
+from lexel.errors import LexelError
+from lexel.hub import decode_config, resolve_folder, write_atomically
+from lexel.sample.logits import SamplingConfig
+from lexel.tokenizers import from_pretrained as load_tokenizer
+from lexel.tokenizers.layout import CodeLayout
+from lexel.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from lexel.tokenizers.base import Tokenizer
+
+FORMAT = 1
+BUNDLE_FILE = "bundle.json"
+VOCABULARY_FILE = "vocabulary.json"
+TRAINED_ON_FILE = "trained_on.json"
+SHIPPED = "shapes"
+STRATEGIES = ("plain", "nested", "jacobi", "drafter")
+
+
+@dataclass(frozen=True)
+class DecodingConfig:
+    """How a bundle decodes unless told otherwise. strategy: one of `STRATEGIES` ("auto" means this one);
+    window: how many tokens are drafted at once by the speculative ones."""
+
+    strategy: str = "plain"
+    window: int = 4
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"decoding is one of {', '.join(STRATEGIES)}, got {self.strategy!r}.")
+        if self.window < 1:
+            raise ValueError(f"the drafting window must be at least 1, got {self.window}.")
+
+
+@dataclass(frozen=True)
+class BundleInfo:
+    """What `bundle.json` says. tokenizer: fingerprint of the tokenizer whose codes the LM was trained on;
+    codebook_sizes: of that tokenizer; parts: the folders present; layouts and sampling: per modality."""
+
+    tokenizer: str
+    codebook_sizes: tuple[int, ...]
+    parts: tuple[str, ...]
+    layouts: Mapping[str, CodeLayout]
+    sampling: Mapping[str, SamplingConfig]
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    format: int = FORMAT
+
+    def write(self, folder: Path) -> None:
+        """Write `bundle.json` (last of all files, so that a half-written folder is not a bundle)."""
+        write_json(folder / BUNDLE_FILE, asdict(self))
+
+    @classmethod
+    def read(cls, folder: Path) -> BundleInfo:
+        """Read `bundle.json`. Raises LexelError when it is missing, damaged or of another format."""
+        path = folder / BUNDLE_FILE
+        if not path.is_file():
+            raise LexelError(f"{folder} is not a bundle (it holds no {BUNDLE_FILE}).")
+        values = read_json(path)
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            found = values.get("format") if isinstance(values, dict) else None
+            raise LexelError(f"{path} has format {found}; this version of Lexel reads format {FORMAT}.")
+        try:
+            return cls(
+                tokenizer=values["tokenizer"],
+                codebook_sizes=tuple(values["codebook_sizes"]),
+                parts=tuple(values["parts"]),
+                layouts={name: decode_config(CodeLayout, x) for name, x in values["layouts"].items()},
+                sampling={name: decode_config(SamplingConfig, x) for name, x in values["sampling"].items()},
+                decoding=decode_config(DecodingConfig, values["decoding"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise LexelError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
+
+
+def find_bundle(name: str | Path | None) -> Path:
+    """The folder of a bundle: a local folder, a hub id, or with None the one shipped with Lexel.
+    Raises LexelError when there is none."""
+    if name is not None:
+        return resolve_folder(name, "bundle")
+    path = Path(str(resources.files("lexel"))) / "bundles" / SHIPPED
+    if not path.is_dir():
+        raise LexelError(
+            f"this installation of Lexel ships no bundle ({path} is missing); train one with "
+            "`lexel-train experiment=quickstart` and name its folder (--bundle DIR)."
+        )
+    return path
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """An empty folder inside `folder` whose files are moved to their places when the block ends well, so that
+    a full disk or an error leaves what was there as it was. Raises LexelError when the disk refuses."""
+    staging = folder / ".incoming"
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        yield staging
+        files = [path for path in staging.rglob("*") if path.is_file()]
+        for path in sorted(files, key=lambda path: path.name == BUNDLE_FILE):
+            target = folder / path.relative_to(staging)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+    except OSError as error:
+        raise LexelError(
+            f"could not save to {folder}: {error.strerror or error}; what was there before is kept."
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def save_text_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:
+    """Write transformers' files of a text tokenizer. Raises OSError when the disk refuses."""
+    try:
+        tokenizer.save_pretrained(str(folder))  # type: ignore[attr-defined]
+    except OSError:
+        raise
+    except Exception as error:  # the tokenizers library raises a bare Exception for failed writes
+        raise OSError(f"the text tokenizer could not be written ({error})") from error
+
+
+def read_json(path: Path) -> Any:
+    """The parsed JSON file. Raises LexelError when it cannot be read or is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise LexelError(f"{path} is not readable JSON ({error}).") from None
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write `values` as JSON, atomically. Raises LexelError when the disk refuses."""
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically. Raises LexelError when the disk refuses."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
+
+
+def load_tokenizer_of(name: str | Path | None) -> Tokenizer:
+    """The tokenizer in a tokenizer folder or a bundle (folder or hub id; None: the shipped bundle).
+    Raises LexelError when there is none."""
+    folder = find_bundle(None) if name is None else resolve_folder(name, "tokenizer")
+    return load_tokenizer(folder / "tokenizer" if (folder / BUNDLE_FILE).is_file() else folder)
+
+
+def check_trained_on(folder: Path, part: str, fingerprint: str) -> None:
+    """Refuse a part (LM, detokenizer, drafter) that was trained on another tokenizer's codes.
+    Raises LexelError naming both tokenizers."""
+    path = folder / part / TRAINED_ON_FILE
+    if not path.is_file():
+        return
+    found = read_json(path).get("tokenizer")
+    if found != fingerprint:
+        raise LexelError(
+            f"{folder / part} was trained on the codes of tokenizer {found}, but {folder / 'tokenizer'} is "
+            f"tokenizer {fingerprint}; take both from the same bundle."
+        )
+
+
+def load_text_tokenizer(folder: Path) -> TextTokenizer:
+    """A transformers tokenizer from a local folder. Raises LexelError when it cannot be read."""
+    from transformers import PreTrainedTokenizerFast
+
+    if not (folder / "tokenizer.json").is_file():
+        raise LexelError(f"{folder} holds no tokenizer.json; the bundle's text tokenizer is missing.")
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    except Exception as error:  # tokenizers raises a bare Exception for damaged files
+        raise LexelError(f"{folder} is not a readable text tokenizer ({error}).") from error
+
+
+def load_codec(folder: Path, info: BundleInfo) -> DocumentCodec:
+    """The document codec of a bundle: vocabulary, text tokenizer and layouts.
+    Raises LexelError when one is missing or they do not fit together."""
+    path = folder / VOCABULARY_FILE
+    if not path.is_file():
+        raise LexelError(f"{folder} holds no {VOCABULARY_FILE}; the bundle is incomplete.")
+    try:
+        vocabulary = Vocabulary.from_json(path.read_text(encoding="utf-8"))
+        return DocumentCodec(vocabulary, load_text_tokenizer(folder / "text_tokenizer"), info.layouts)
+    except (KeyError, TypeError, ValueError) as error:
+        raise LexelError(f"{path} does not fit the bundle ({error})") from error

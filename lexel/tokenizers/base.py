@@ -1,0 +1,77 @@
+"""What every tokenizer satisfies: pixels to codes and back.
+
+b batch · n positions · k codebooks per position · d latent width
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from lexel.hub import Pretrained
+from lexel.tokenizers.layout import CodeLayout
+from lexel.types import Codes, TokenizerOutput, check_pixels
+
+
+class Tokenizer(nn.Module, Pretrained, ABC):
+    """Base of all tokenizers. `layout` says how codes become a sequence, `image_size` is the trained (h, w).
+
+    Laws: `encode` and `decode` are deterministic, and in eval mode a row of a batch equals that row alone.
+    """
+
+    layout: CodeLayout
+    image_size: tuple[int, int]
+
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """Codes per codebook."""
+        return self.layout.codebook_sizes
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, length: int | None = None) -> Codes:
+        """Float ``[b, 3, h, w]`` in [-1, 1] to codes. `length` (flexible tokenizers only) keeps that many
+        positions. Raises ValueError on a wrong shape, size or length."""
+        self._check_size(check_pixels(pixels))
+        self.layout_length(length)
+        return self._encode(pixels, length)
+
+    @torch.no_grad()
+    def decode(self, codes: Codes) -> Tensor:
+        """Codes to float ``[b, 3, h, w]`` in about [-1, 1] (not clamped)."""
+        return self._decode(self.embed(codes), codes)
+
+    def layout_length(self, length: int | None) -> int:
+        """`length`, or every position when None. Raises ValueError when this tokenizer cannot have it."""
+        full = self.layout.positions
+        if length is None or (self.layout.flexible and 1 <= length <= full):
+            return full if length is None else length
+        what = f"between 1 and {full} codes" if self.layout.flexible else f"always {full} codes"
+        raise ValueError(f"{type(self).__name__} makes {what}, length={length} was asked for.")
+
+    @abstractmethod
+    def embed(self, codes: Codes) -> Tensor:
+        """Codes to quantized latents ``[b, n, d]``: what relaxed acceptance measures distance in."""
+
+    @abstractmethod
+    def forward(
+        self, pixels: Tensor, *, quantize: bool = True, generator: torch.Generator | None = None
+    ) -> TokenizerOutput:
+        """Training pass. `quantize=False` skips the rounding (a start-up phase that lets encoder and decoder
+        find colours first, while codebooks already follow the latents); `generator` draws dropped lengths.
+        """
+
+    @property
+    @abstractmethod
+    def last_layer(self) -> nn.Parameter:
+        """Weight of the decoder's last convolution, for the adaptive adversarial weight."""
+
+    @abstractmethod
+    def _encode(self, pixels: Tensor, length: int | None) -> Codes: ...
+
+    @abstractmethod
+    def _decode(self, latents: Tensor, codes: Codes) -> Tensor: ...
+
+    @abstractmethod
+    def _check_size(self, pixels: Tensor) -> None: ...

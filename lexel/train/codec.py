@@ -1,0 +1,111 @@
+"""The document codec of a training run: text tokenizer, vocabulary and layouts, saved beside the LM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lexel.document import DocumentCodec
+from lexel.errors import LexelError
+from lexel.hub import decode_config
+from lexel.sample.bundle import (
+    TRAINED_ON_FILE,
+    VOCABULARY_FILE,
+    load_text_tokenizer,
+    read_json,
+    write_json,
+    write_text,
+)
+from lexel.tokenizers.layout import CodeLayout
+from lexel.train.settings import LMStage
+from lexel.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from lexel.models.causal_lm import CausalLMConfig
+
+LAYOUTS_FILE = "layouts.json"
+_AROUND = 5
+"""Most special tokens around a caption and a picture: bos, boi, eoi, eos, and one to spare."""
+
+
+def build_codec(stage: LMStage, captions: Iterable[str], layout: CodeLayout | None) -> DocumentCodec:
+    """A new codec: a BPE trained on `captions` (or the tokenizer that the stage names), and one block of ids
+    per codebook of `layout` (None: text only) behind the text."""
+    from lexel.data.text_tokenizer import train_text_tokenizer
+
+    text_tokenizer: Any
+    if stage.text_tokenizer is not None:
+        from transformers import AutoTokenizer
+
+        try:
+            text_tokenizer = AutoTokenizer.from_pretrained(stage.text_tokenizer)
+        except (OSError, ValueError) as error:
+            raise LexelError(
+                f"the text tokenizer {stage.text_tokenizer} cannot be loaded: {error}"
+            ) from error
+    else:
+        wanted = islice(captions, stage.captions_for_vocabulary)
+        text_tokenizer = train_text_tokenizer(wanted, stage.text_vocabulary)
+    if layout is None:
+        return DocumentCodec(Vocabulary.build(len(text_tokenizer), {}), text_tokenizer, {})
+    changes: dict[str, Any] = {"pattern": stage.pattern} if stage.pattern else {}
+    layout = replace(layout, row_end=stage.row_end, **changes)
+    roles = ("eol",) if stage.row_end else ()
+    vocabulary = Vocabulary.build(len(text_tokenizer), {"image": layout.codebook_sizes}, roles=roles)
+    return DocumentCodec(vocabulary, text_tokenizer, {"image": layout})
+
+
+def save_codec(codec: DocumentCodec, folder: Path, fingerprint: str | None) -> None:
+    """Write the codec into the LM's folder, with the fingerprint of the tokenizer that the LM is trained
+    on."""
+    tokenizer: Any = codec.text_tokenizer
+    tokenizer.save_pretrained(str(folder / "text_tokenizer"))
+    write_text(folder / VOCABULARY_FILE, codec.vocabulary.to_json())
+    write_json(folder / LAYOUTS_FILE, {name: asdict(layout) for name, layout in codec.layouts.items()})
+    write_json(folder / TRAINED_ON_FILE, {"tokenizer": fingerprint})
+
+
+def load_codec(folder: Path) -> DocumentCodec:
+    """The codec of a trained LM's folder. LexelError when a file is missing or damaged."""
+    try:
+        vocabulary = Vocabulary.from_json((folder / VOCABULARY_FILE).read_text(encoding="utf-8"))
+        layouts = {name: decode_config(CodeLayout, x) for name, x in read_json(folder / LAYOUTS_FILE).items()}
+        return DocumentCodec(vocabulary, load_text_tokenizer(folder / "text_tokenizer"), layouts)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise LexelError(f"{folder} holds no complete vocabulary ({error}); train its LM again.") from error
+
+
+def complete_lm(config: partial[CausalLMConfig], codec: DocumentCodec) -> CausalLMConfig:
+    """The LM config with what the vocabulary decides filled in: ids, padding, several codes per position."""
+    values: dict[str, Any] = {
+        "vocab_size": codec.vocabulary.size,
+        "pad_id": codec.vocabulary.special["pad"],
+    }
+    if codec.columns > 1:
+        sizes = codec.layouts["image"].codebook_sizes
+        offsets = tuple(int(codec.vocabulary.block("image", j)[0]) for j in range(len(sizes)))
+        head = config.keywords.get("head", "single")
+        values |= {
+            "codebook_sizes": sizes,
+            "code_offsets": offsets,
+            "head": "factorized" if head == "single" else head,
+        }
+    else:
+        values["head"] = "single"
+    return config(**values)
+
+
+def check_length(codec: DocumentCodec, captions: Iterable[str], limit: int) -> None:
+    """Raise LexelError when the longest of `captions` and a picture do not fit into `limit` positions."""
+    text: Any = codec.text_tokenizer
+    longest = max((len(text.encode(c, add_special_tokens=False)) for c in captions), default=0)
+    slots = sum(len(codec.scripts[name][1]) for name in codec.layouts)
+    if (needed := longest + slots + _AROUND) > limit:
+        raise LexelError(
+            f"the longest caption ({longest} tokens) and a picture ({slots}) need {needed} positions, the "
+            f"language model has {limit}: raise lm.max_length (and drafter.max_length) or shorten them."
+        )

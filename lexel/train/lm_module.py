@@ -1,0 +1,111 @@
+"""Training the language model on documents in every direction, and a small one that imitates it.
+
+b batch · l positions · v vocabulary · m positions that have a target
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lexel.data.sampler import mix_seed
+from lexel.train.module import Metrics, StageModule
+from lexel.train.objectives.lm import NextTokenObjective, predicting
+from lexel.train.settings import DrafterStage, LMStage
+from lexel.types import LMOutput, TokenBatch
+
+Draw = Callable[[nn.Module, int], Tensor]
+
+
+class LMModule(StageModule):
+    """Causal LM and next-token objective. Batches are `TokenBatch`.
+
+    With ``stage.narrow`` a step trains one of the nested narrower networks instead of the full one, with that
+    probability; all processes agree on which. draw: ``(network, count) -> pictures [r, c, 3, h, w]`` for the
+    sample grid.
+    """
+
+    stage: LMStage
+
+    def __init__(
+        self,
+        network: nn.Module,
+        objective: NextTokenObjective,
+        stage: LMStage,
+        seed: int = 0,
+        draw: Draw | None = None,
+    ) -> None:
+        super().__init__(network, stage, seed)
+        self.objective = objective
+        self.draw = draw
+
+    def compute(self, network: Any, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+        """Cross-entropy of the targets, by modality in the metrics."""
+        width = self.width() if network is self.network else None
+        output = network(batch, width=width, select=predicting(batch))
+        loss, metrics = self._loss(output, batch)
+        return loss, metrics if width is None else {f"narrow_{key}": value for key, value in metrics.items()}
+
+    def _loss(self, output: LMOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+        config: Any = self.network.config
+        return self.objective(output, batch, code_offsets=config.code_offsets, pad_id=config.pad_id)
+
+    def width(self) -> float | None:
+        """The feed-forward width that this step trains; None is the full one."""
+        config: Any = self.network.config
+        narrower = config.ffn_widths[:-1]
+        rng = random.Random(mix_seed(self.seed, self.step))
+        return rng.choice(narrower) if narrower and rng.random() < self.stage.narrow else None
+
+    def pictures(self, count: int) -> Tensor | None:
+        """Pictures drawn from captions."""
+        return None if self.draw is None else self.draw(self.exported, count)
+
+
+class DrafterModule(LMModule):
+    """Distils a frozen LM (`teacher`) into a small one over the same vocabulary:
+    ``distill · KL(teacher ‖ network) + (1 - distill) · cross-entropy`` over the targets' positions."""
+
+    stage: DrafterStage
+
+    def __init__(
+        self,
+        network: nn.Module,
+        teacher: nn.Module,
+        objective: NextTokenObjective,
+        stage: DrafterStage,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(network, objective, stage, seed)
+        # In a tuple the teacher is no submodule: it stays out of checkpoints.
+        self._teacher = (teacher.eval().requires_grad_(False),)
+
+    def on_fit_start(self) -> None:
+        """Bring the teacher to the network's device."""
+        self._teacher[0].to(self.device)
+
+    def compute(self, network: Any, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+        """Distillation and cross-entropy."""
+        select = predicting(batch)
+        output = network(batch, select=select)
+        with torch.no_grad():
+            target = self._teacher[0](batch, select=select)
+        loss, metrics = self._loss(output, batch)
+        divergence = kl_divergence(target.logits, output.logits)
+        for theirs, ours in zip(target.code_logits, output.code_logits, strict=True):
+            divergence = divergence + kl_divergence(theirs, ours)
+        share = self.stage.distill
+        agreement = (target.logits.argmax(-1) == output.logits.argmax(-1)).float().mean()
+        more = {"kl": divergence.detach(), "agreement": agreement}
+        return share * divergence + (1 - share) * loss, {**metrics, **more}
+
+
+def kl_divergence(target: Tensor, logits: Tensor) -> Tensor:
+    """Mean over rows of KL(softmax(target) ‖ softmax(logits)), both ``[m, v]``."""
+    first, second = (x.float().log_softmax(-1) for x in (target, logits))
+    return F.kl_div(second, first, reduction="batchmean", log_target=True)

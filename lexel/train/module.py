@@ -1,0 +1,238 @@
+"""What every stage's Lightning module shares: network, average, optimizer, exact resume, reporting.
+
+Exact resume without saved random states: the order of the data is a pure function of (seed, batches consumed)
+and the random generator is seeded anew before every batch from (seed, batches consumed, rank). So weights,
+buffers, optimizer and the number of batches consumed are the whole state, and they are in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lightning
+import torch
+from torch import Tensor, nn
+
+from lexel.data.sampler import mix_seed
+from lexel.train.callbacks.metrics_file import MetricsFile
+from lexel.train.settings import StageSettings
+
+Metrics = Mapping[str, "Tensor | float"]
+
+
+class StageModule(lightning.LightningModule, ABC):
+    """A network under training. `network` is what gets exported (its average with ``stage.ema > 0``).
+
+    A subclass gives `compute` (loss and metrics of a batch) and may give `pictures` for the sample grid; with
+    manual optimisation it overrides `training_step` too.
+    """
+
+    def __init__(self, network: nn.Module, stage: StageSettings, seed: int = 0) -> None:
+        super().__init__()
+        self.network = network
+        self.average = copy.deepcopy(network).requires_grad_(False) if stage.ema else None
+        self.stage = stage
+        self.seed = seed
+        self.consumed = 0
+        self.seconds = 0.0
+        self.latest: dict[str, float] = {}
+        self._window: list[Metrics] = []
+        self._validation: list[Metrics] = []
+
+    @property
+    def exported(self) -> nn.Module:
+        """The network with the weights that will be exported: the average, or the live one."""
+        return self.network if self.average is None else self.average
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.consumed // self.stage.accumulate
+
+    @property
+    def at_step_boundary(self) -> bool:
+        """Whether the last batch completed an optimizer step."""
+        return self.consumed % self.stage.accumulate == 0
+
+    @abstractmethod
+    def compute(self, network: nn.Module, batch: Any) -> tuple[Tensor, Metrics]:
+        """The loss (scalar) and detached metrics of one batch with the given network."""
+
+    def pictures(self, count: int) -> Tensor | None:
+        """Rows of pictures for the sample grid, float ``[rows, columns, 3, h, w]`` in [-1, 1]; None: no
+        grid."""
+        return None
+
+    # Training
+
+    def on_train_start(self) -> None:
+        """Set modes (Lightning leaves them alone), forget what a killed run reported after its checkpoint,
+        and stop at once when the checkpoint was the last one."""
+        self.network.train()
+        for frozen in self.frozen():
+            frozen.eval()
+        for logger in self.loggers:
+            if isinstance(logger, MetricsFile):
+                logger.rewind(self.step)
+        self.trainer.should_stop = self.step >= self.stage.steps
+
+    def frozen(self) -> list[nn.Module]:
+        """Modules that stay in eval mode: the average, teachers."""
+        return [] if self.average is None else [self.average]
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Make everything random in this batch a function of (seed, batches consumed, rank)."""
+        torch.manual_seed(mix_seed(self.seed, self.consumed, self.global_rank))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Loss of one batch; Lightning's automatic optimisation does the rest."""
+        loss, metrics = self.compute(self.network, batch)
+        self.consumed += 1
+        self.collect({"loss": loss.detach(), **metrics})
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Report the mean of the metrics since the last report; stop after the last step."""
+        if self.at_step_boundary and (self.step % self.stage.log_every == 0 or self.step == self.stage.steps):
+            self.latest = self._mean(self._window)
+            self._window = []
+            self.report({**self.latest, "lr": self.trainer.optimizers[0].param_groups[0]["lr"]})
+        if self.step >= self.stage.steps:
+            self.trainer.should_stop = True
+
+    # Validation, with the weights that will be exported
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """The same noise in every validation; the next training batch seeds anew."""
+        torch.manual_seed(mix_seed(self.seed, -1, batch_idx, self.global_rank))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        """Metrics of one validation batch."""
+        loss, metrics = self.compute(self.exported, batch)
+        self._validation.append({"loss": loss, **metrics})
+        return {}
+
+    def on_validation_epoch_end(self) -> None:
+        """Report the mean over the validation batches as ``validation/<metric>``."""
+        means = self._mean(self._validation)
+        self._validation = []
+        self.report({f"validation/{key}": value for key, value in means.items()})
+
+    # Reporting
+
+    def collect(self, metrics: Metrics) -> None:
+        """Add metrics of a batch to the running window."""
+        self._window.append(metrics)
+
+    def report(self, metrics: Mapping[str, float]) -> None:
+        """Send metrics to the loggers under the current step."""
+        for logger in self.loggers:
+            logger.log_metrics(dict(metrics), step=self.step)
+
+    def _mean(self, window: list[Metrics]) -> dict[str, float]:
+        """Mean of each metric over the entries that have it and over the processes; "nan" entries (a kind of
+        token that a batch did not hold) are left out."""
+        values: dict[str, list[Tensor]] = {}
+        for metrics in window:
+            for key, value in metrics.items():
+                values.setdefault(key, []).append(
+                    torch.as_tensor(value, dtype=torch.float32, device=self.device)
+                )
+        keys = sorted(values)
+        if not keys:
+            return {}
+        means = torch.stack([torch.stack(values[key]).nanmean() for key in keys])
+        if self.trainer.world_size > 1:
+            means = self.trainer.strategy.reduce(means, reduce_op="mean")
+        return {key: float(mean) for key, mean in zip(keys, means, strict=True) if not torch.isnan(mean)}
+
+    # Optimizers
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer over the network (and whatever of the objective learns with it)."""
+        return self.optimizer_for(self.network.named_parameters(), self.stage.lr)
+
+    def optimizer_for(self, named: Iterable[tuple[str, nn.Parameter]], lr: float) -> dict[str, Any]:
+        """Optimizer and per-step schedule in Lightning's form; vectors (norms, biases) are not decayed."""
+        from transformers import get_scheduler
+
+        parameters = [parameter for _, parameter in named if parameter.requires_grad]
+        groups: list[dict[str, Any]] = [{"params": [p for p in parameters if p.ndim > 1]}]
+        if vectors := [p for p in parameters if p.ndim <= 1]:
+            groups.append({"params": vectors, "weight_decay": 0.0})
+        optimizer = self.stage.optimizer([group for group in groups if group["params"]], lr=lr)
+        schedule = get_scheduler(
+            self.stage.schedule,
+            optimizer,
+            num_warmup_steps=self.stage.warmup,
+            num_training_steps=self.stage.steps,
+            scheduler_specific_kwargs=self.stage.schedule_args or None,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # Checkpoints and export
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the two numbers that belong to the state."""
+        checkpoint["lexel"] = {"consumed": self.consumed, "seconds": self.seconds}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take them back, before the data loader is asked for."""
+        self.consumed = checkpoint["lexel"]["consumed"]
+        self.seconds = checkpoint["lexel"]["seconds"]
+
+    def configure_model(self) -> None:
+        """With FSDP2: shard every block of every repeated stack, then the rest (called by Lightning)."""
+        mesh = self.device_mesh
+        if mesh is not None:
+            for module in (self.network, *self.frozen()):
+                shard(module, mesh["data_parallel"])
+
+    def export(self, folder: Path) -> None:
+        """Save the exported network to `folder` (all processes call this together, the first one writes)."""
+        network = whole(self.exported)
+        if self.trainer.is_global_zero:
+            network.save_pretrained(folder)
+
+
+def shard(network: nn.Module, mesh: Any) -> None:
+    """FSDP2 in place: each block of a repeated stack (an element of an `nn.ModuleList` that is called as a
+    module) is one group of parameters, the rest another. The methods that Lexel's networks are called by
+    beside `forward` gather the parameters too."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    if any(hasattr(parameter, "device_mesh") for parameter in network.parameters()):
+        return  # Lightning calls configure_model once per trainer function
+    for block in _blocks(network):
+        fully_shard(block, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+    for name in ("encode", "decode", "embed", "loss"):
+        if hasattr(network, name):
+            register_fsdp_forward_method(network, name)
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        called = type(child).forward is not nn.Module.forward
+        if isinstance(module, nn.ModuleList) and called and next(child.parameters(), None) is not None:
+            yield child
+        else:
+            yield from _blocks(child)
+
+
+def whole(network: nn.Module) -> Any:
+    """An unsharded copy of the network (the network itself where it is not sharded)."""
+    if not any(hasattr(parameter, "device_mesh") for parameter in network.parameters()):
+        return network
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(network, options=options)
+    copied = type(network)(network.config)
+    if state:  # only the first process receives it
+        copied.load_state_dict(state)
+    return copied

@@ -1,0 +1,275 @@
+"""One function per stage: build network, data and module, train, export. `lexel.train.chain` calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from lexel.data.example import stack_pixels
+from lexel.data.sampler import DrawnDataset
+from lexel.errors import LexelError
+from lexel.train.chain import WEIGHTS, Chain
+from lexel.train.record import plain
+
+if TYPE_CHECKING:
+    from lexel.document import DocumentCodec
+    from lexel.models.causal_lm import CausalLM
+    from lexel.train.module import StageModule
+    from lexel.train.settings import LMStage
+
+UNSEEN_SEED = 1
+"""Added to the seed of validation documents."""
+
+
+def run_tokenizer(chain: Chain) -> None:
+    """Train the tokenizer on the source's pictures."""
+    run = chain.run
+    _need_pictures(chain)
+    config, objective = run.tokenizer, run.objective["tokenizer"]
+    if objective.adversarial and run.trainer.strategy == "fsdp2":
+        raise LexelError("a discriminator is not sharded by fsdp2; train a GAN tokenizer with trainer=ddp.")
+
+    def work(folder: Path) -> dict[str, Any]:
+        from lexel.train.callbacks import CodebookUsage
+        from lexel.train.tokenizer_module import TokenizerModule
+
+        network = _fresh(config, run.seed, run.stages.tokenizer.init)
+        module = TokenizerModule(network, objective.build(), run.stages.tokenizer, run.seed, _preview(chain))
+        usage = [CodebookUsage(network.codebook_sizes)]
+        return _train(chain, "tokenizer", module, folder, *_pictures(chain), stack_pixels, usage)
+
+    _stage(chain, "tokenizer", work, network=config, objective=objective)
+
+
+def run_lm(chain: Chain) -> None:
+    """Tokenize the data if need be, then train the language model on documents."""
+    run, stage = chain.run, chain.run.stages.lm
+    inputs: dict[str, Any] = {"network": run.lm, "objective": run.objective["lm"]}
+    if chain.has_pictures:
+        chain.tokenize()
+        inputs["codes"] = chain.codes_settings()
+
+    def work(folder: Path) -> dict[str, Any]:
+        from lexel.train.codec import build_codec, check_length, complete_lm, save_codec
+        from lexel.train.lm_module import LMModule
+
+        layout = chain.tokenizer.layout if chain.has_pictures else None
+        codec = build_codec(stage, _captions(chain), layout)
+        config = complete_lm(run.lm, codec)
+        check_length(codec, islice(_captions(chain), stage.captions_for_vocabulary), config.max_length)
+        save_codec(codec, folder, chain.fingerprint if chain.has_pictures else None)
+        network = _fresh(config, run.seed, stage.init)
+        objective = run.objective["lm"](codec.vocabulary.modalities)
+        module = LMModule(network, objective, stage, run.seed, _drawing(chain, codec))
+        return _train_documents(chain, "lm", module, folder, codec, stage)
+
+    _stage(chain, "lm", work, **inputs)
+
+
+def run_drafter(chain: Chain) -> None:
+    """Distil the trained language model into a small one."""
+    run, stage = chain.run, chain.run.stages.drafter
+    if chain.has_pictures:
+        chain.tokenize()
+    folder_of_lm = chain.part_folder("lm")
+
+    def work(folder: Path) -> dict[str, Any]:
+        from lexel.train.codec import complete_lm, load_codec
+        from lexel.train.lm_module import DrafterModule
+
+        codec = load_codec(folder_of_lm)
+        network = _fresh(complete_lm(run.drafter, codec), run.seed, stage.init)
+        objective = run.objective["lm"](codec.vocabulary.modalities)
+        module = DrafterModule(network, load_lm(folder_of_lm), objective, stage, run.seed)
+        return _train_documents(chain, "drafter", module, folder, codec, stage)
+
+    teacher = load_lm(folder_of_lm).fingerprint()
+    inputs = {"network": run.drafter, "objective": run.objective["lm"], "teacher": teacher}
+    _stage(chain, "drafter", work, **inputs)
+
+
+def run_detokenizer(chain: Chain) -> None:
+    """Train the detokenizer on the frozen tokenizer's codes."""
+    run, stage = chain.run, chain.run.stages.detokenizer
+    _need_pictures(chain)
+    config = complete_detokenizer(run.detokenizer, chain.tokenizer)
+
+    def work(folder: Path) -> dict[str, Any]:
+        from lexel.sample.bundle import TRAINED_ON_FILE, write_json
+        from lexel.train.detokenizer_module import DetokenizerModule
+
+        network = _fresh(config, run.seed, stage.init)
+        module = DetokenizerModule(network, chain.tokenizer, stage, run.seed, _preview(chain))
+        write_json(folder / TRAINED_ON_FILE, {"tokenizer": chain.fingerprint})
+        return _train(chain, "detokenizer", module, folder, *_pictures(chain), stack_pixels)
+
+    inputs = {"network": config, "tokenizer": chain.fingerprint}
+    _stage(chain, "detokenizer", work, **inputs)
+
+
+def run_evaluate(chain: Chain) -> None:
+    """Bundle the parts, measure the bundle and write the report."""
+    from lexel.train.finish import finish
+
+    finish(chain)
+
+
+def load_lm(folder: Path) -> CausalLM:
+    """A trained language model."""
+    from lexel.models.causal_lm import CausalLM
+
+    return CausalLM.from_pretrained(folder)
+
+
+def complete_detokenizer(config: partial[Any], tokenizer: Any) -> Any:
+    """The detokenizer config with the tokenizer's geometry filled in. A 1D tokenizer's codes are gathered
+    onto a grid as coarse as the network's lowest resolution."""
+    layout = tokenizer.layout
+    values: dict[str, Any] = {
+        "codebook_sizes": layout.codebook_sizes,
+        "image_size": tuple(tokenizer.image_size),
+        "grid": layout.grid,
+    }
+    if layout.grid is None:
+        unit = config.keywords["patch"] * 2 ** (len(config.keywords["channels"]) - 1)
+        values |= {"length": layout.positions, "grid": tuple(side // unit for side in tokenizer.image_size)}
+    return config(**values)
+
+
+def _stage(chain: Chain, name: str, work: Callable[[Path], Mapping[str, Any]], **inputs: Any) -> None:
+    """Run a training stage unless its network was trained with the same settings and inputs before."""
+    makes = [chain.run.folder / name / WEIGHTS]
+    chain.stage(name, chain.common_settings(name, **inputs), work, makes=makes)
+
+
+def _train(
+    chain: Chain,
+    name: str,
+    module: StageModule,
+    folder: Path,
+    train: Dataset[Any],
+    validation: Dataset[Any] | None,
+    collate: Callable[[list[Any]], Any],
+    callbacks: Iterable[Any] = (),
+) -> dict[str, Any]:
+    """Train, export the network into `folder` and return the facts for `done.json`."""
+    from lexel.train.batches import Batches
+    from lexel.train.fit import fit
+
+    run = chain.run
+    batches = Batches(train, validation, collate, module.stage, run.seed)
+    fit(name, module, batches, folder, run.trainer, run.logger, list(callbacks))
+    module.export(folder)
+    return {"seconds": module.seconds, "steps": module.step, "metrics": plain(module.latest)}
+
+
+def _train_documents(
+    chain: Chain, name: str, module: StageModule, folder: Path, codec: DocumentCodec, stage: LMStage
+) -> dict[str, Any]:
+    from lexel.data.documents import DocumentDataset, Mixture
+    from lexel.data.packing import pack
+
+    sets = []
+    for offset, split in enumerate(("train", "validation")):
+        codes = chain.codes(split) if chain.has_pictures else None
+        text = None if chain.has_pictures else chain.source(split)
+        sets.append(
+            DocumentDataset(
+                codes,
+                codec,
+                Mixture(**stage.mixture),
+                stage.drop,
+                chain.run.seed + offset * UNSEEN_SEED,
+                text,
+            )
+        )
+    collate: Callable[[list[Any]], Any] = codec.collate
+    if stage.row_length:
+        collate = partial(pack, length=stage.row_length, pad=codec.vocabulary.special["pad"])
+    return _train(chain, name, module, folder, sets[0], sets[1], collate)
+
+
+def _fresh(config: Any, seed: int, init: str | None) -> Any:
+    """A network with weights drawn from `seed`, or those of the folder or hub id `init`."""
+    torch.manual_seed(seed)
+    network = config.build()
+    if init is not None:
+        from lexel.hub import WEIGHTS_FILE, load_weights, resolve_folder
+
+        load_weights(network, resolve_folder(init) / WEIGHTS_FILE)
+    return network
+
+
+def _need_pictures(chain: Chain) -> None:
+    if not chain.has_pictures:
+        raise LexelError(
+            "this stage needs pictures, but the data source holds only text; train task=lm on it."
+        )
+
+
+def _pictures(chain: Chain) -> tuple[Dataset[Any], Dataset[Any]]:
+    return DrawnDataset(chain.source("train")), DrawnDataset(chain.source("validation"))
+
+
+def _preview(chain: Chain) -> Tensor:
+    """The first validation pictures, for the sample grids."""
+    source: Any = chain.source("validation")
+    return stack_pixels([source[index] for index in range(min(16, len(source)))])
+
+
+def _captions(chain: Chain) -> Iterable[str]:
+    if chain.has_pictures:
+        return chain.codes("train").captions()
+    source: Any = chain.source("train")
+    return (caption for index in range(len(source)) for caption in source[index].captions)
+
+
+def _drawing(chain: Chain, codec: DocumentCodec) -> Callable[[nn.Module, int], Tensor] | None:
+    """What draws the LM's sample grid: the first validation captions, with the pipeline's default
+    sampling."""
+    if not chain.has_pictures:
+        return None
+    from lexel.document import Image, Text
+
+    captions = [example.captions[0] for example in _first(chain.codes("validation"), 64) if example.captions]
+    if not captions:
+        return None
+
+    def draw(network: Any, count: int) -> Tensor:
+        from lexel.sample.pipeline import Pipeline
+
+        device = next(network.parameters()).device
+        pipeline = Pipeline(chain.tokenizer.to(device), network, codec)
+        documents: list[Any] = [[Text(caption), Image.blank()] for caption in captions[:count]]
+        drawn: Any = pipeline.generate(documents, seed=0, sampling=sampling_of(chain)).documents
+        return torch.stack([document[-1].pixels for document in drawn])[None]
+
+    return draw
+
+
+def _first(dataset: Any, count: int) -> list[Any]:
+    return [dataset[index] for index in range(min(count, len(dataset)))]
+
+
+def sampling_of(chain: Chain) -> Mapping[str, Any]:
+    """The run's sampling settings over the pipeline's defaults."""
+    from lexel.sample.logits import SamplingConfig
+    from lexel.sample.pipeline import DEFAULT_SAMPLING
+
+    given = chain.run.evaluation.sampling
+    if unknown := sorted(set(given) - set(DEFAULT_SAMPLING)):
+        raise LexelError(
+            f"evaluation.sampling knows {', '.join(DEFAULT_SAMPLING)}, got {', '.join(unknown)}."
+        )
+    return {
+        name: SamplingConfig(**{**asdict(default), **given.get(name, {})})
+        for name, default in DEFAULT_SAMPLING.items()
+    }

@@ -1,0 +1,99 @@
+"""Training a tokenizer: reconstruction and quantizer terms, with a discriminator from its start step on.
+
+b batch · h w picture
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lexel.train.module import Metrics, StageModule
+from lexel.train.objectives.tokenizer import TokenizerObjective, psnr
+from lexel.train.settings import TokenizerStage
+
+
+class TokenizerModule(StageModule):
+    """Tokenizer and objective. Batches are pixels ``[b, 3, h, w]`` in [-1, 1].
+
+    Lightning's automatic optimisation runs the training unless the objective holds a discriminator: then both
+    optimizers step by hand, the discriminator on the same reconstruction as the tokenizer.
+    preview: pixels ``[m, 3, h, w]`` whose reconstructions make the sample grid.
+    """
+
+    stage: TokenizerStage
+
+    def __init__(
+        self,
+        network: nn.Module,
+        objective: TokenizerObjective,
+        stage: TokenizerStage,
+        seed: int = 0,
+        preview: Tensor | None = None,
+    ) -> None:
+        super().__init__(network, stage, seed)
+        self.objective = objective
+        self.automatic_optimization = objective.discriminator is None
+        self.preview = preview
+
+    def compute(self, network: Any, batch: Tensor) -> tuple[Tensor, Metrics]:
+        """The tokenizer's own loss."""
+        output = network(batch, quantize=self.objective.rounds(self.step))
+        return self.objective.generator_loss(output, batch, self.step, network.last_layer)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:  # type: ignore[override]
+        """One batch; with a discriminator both losses and both optimizers."""
+        if self.automatic_optimization:
+            return super().training_step(batch, batch_idx)
+        network: Any = self.network
+        step, last = self.step, (self.consumed + 1) % self.stage.accumulate == 0
+        output = network(batch, quantize=self.objective.rounds(step))
+        optimizers, schedules = self.optimizers(), self.lr_schedulers()
+        loss, metrics = self.objective.generator_loss(output, batch, step, network.last_layer)
+        self._learn(loss, optimizers[0], schedules[0], last)  # type: ignore[index]
+        if self.objective.is_adversarial(step):
+            other, more = self.objective.discriminator_loss(output, batch, step)
+            self._learn(other, optimizers[1], schedules[1], last)  # type: ignore[index]
+            metrics = {**metrics, **more}
+        self.consumed += 1
+        self.collect({"loss": loss.detach(), **metrics})
+        return None
+
+    def _learn(self, loss: Tensor, optimizer: Any, schedule: Any, last: bool) -> None:
+        """Add the gradient of one micro-batch; after the last one of a step clip it and step."""
+        self.manual_backward(loss / self.stage.accumulate)
+        if last:
+            if self.stage.clip:
+                self.clip_gradients(optimizer, self.stage.clip, "norm")
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
+        """Reconstruction quality with the weights that will be exported."""
+        output = self.exported(batch)
+        fake = output.reconstruction.float()
+        self._validation.append({"psnr": psnr(fake, batch), "l1": (fake - batch).abs().mean()})
+        return {"codes": output.codes.indices}
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer over the tokenizer, and one over the discriminator if there is one."""
+        own = dict(self.network.named_parameters())
+        discriminator = self.objective.discriminator
+        theirs = {} if discriminator is None else dict(discriminator.named_parameters())
+        known = {id(parameter) for parameter in theirs.values()}
+        heads = {f"objective.{k}": p for k, p in self.objective.named_parameters() if id(p) not in known}
+        first = self.optimizer_for({**own, **heads}.items(), self.stage.lr)
+        if discriminator is None:
+            return first
+        return [first, self.optimizer_for(theirs.items(), self.stage.discriminator_lr)]
+
+    def pictures(self, count: int) -> Tensor | None:
+        """The preview pictures above their reconstructions."""
+        if self.preview is None:
+            return None
+        network: Any = self.exported
+        pixels = self.preview[:count].to(self.device)
+        return torch.stack([pixels, network.decode(network.encode(pixels))])
