@@ -65,6 +65,7 @@ def write_atomically(path: Path, write: typing.Callable[[Path], None]) -> None:
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+        temporary.chmod(0o644)  # safetensors writes files that only their owner may read
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -143,8 +144,9 @@ class Pretrained(ModelHubMixin):
         return _module(model).eval()  # type: ignore[return-value]
 
     def fingerprint(self) -> str:
-        """16 hex digits of the config and every weight: equal exactly when the networks are."""
-        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self.config), sort_keys=True).encode())
+        """16 hex digits of the config and every weight: equal exactly when the networks are. Options left at
+        their defaults do not count, so that a later version's new option orphans nothing."""
+        digest = hashlib.sha256(json.dumps(_changed(self.config), sort_keys=True).encode())
         for key, value in sorted(_module(self).state_dict().items()):
             digest.update(key.encode())
             digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -171,6 +173,17 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if problems:
         raise LexelError(f"{path} does not fit its config: {'; '.join(problems[:20])}.")
     model.load_state_dict({key: value.to(own[key].dtype) for key, value in state.items()})
+
+
+def _changed(config: Any) -> dict[str, Any]:
+    """The fields of a config dataclass that differ from their defaults, nested ones likewise."""
+    changed: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if value != default:
+            changed[field.name] = _changed(value) if dataclasses.is_dataclass(value) else value
+    return changed
 
 
 def _module(model: Any) -> nn.Module:

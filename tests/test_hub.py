@@ -98,3 +98,22 @@ def test_a_failed_write_keeps_the_previous_file(tmp_path):
         write_atomically(target, full_disk)
     assert target.read_text() == "before"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_options_at_their_defaults_do_not_count_in_the_fingerprint():
+    @dataclass(frozen=True)
+    class Grown(ToyConfig):
+        new_option: int = 0
+
+    torch.manual_seed(0)
+    toy = Toy(ToyConfig(dim=5))
+    before = toy.fingerprint()
+    toy.config = Grown(dim=5)
+    assert toy.fingerprint() == before
+    toy.config = Grown(dim=5, new_option=1)
+    assert toy.fingerprint() != before
+
+
+def test_files_are_readable_by_others(tmp_path):
+    Toy(ToyConfig()).save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o644

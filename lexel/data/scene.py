@@ -208,7 +208,9 @@ class Scene:
             coverage = np.clip(np.float32(0.5) - distance, 0, 1)[..., None]
             patch = canvas[rows, columns]
             patch += coverage * (np.asarray(thing.rgb, np.float32) - patch)
-        return torch.from_numpy(np.ascontiguousarray(canvas.transpose(2, 0, 1))).mul_(2).sub_(1)
+        return torch.from_numpy(
+            np.ascontiguousarray(canvas.transpose(2, 0, 1) * np.float32(2) - np.float32(1))
+        )
 
     def segmentation(self, size: int) -> Tensor:
         """Which object owns each pixel centre, long ``[size, size]``: 0 background, i + 1 for objects[i]."""

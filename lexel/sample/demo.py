@@ -177,7 +177,7 @@ def _draw_tab(actions: _Actions) -> None:
             detokenizer = gr.Checkbox(label="Generative decoder", visible=actions.has_detokenizer)
             button = gr.Button("Draw", variant="primary")
         with gr.Column():
-            gallery = gr.Gallery(label="Pictures", format="png", columns=4, height="auto")
+            gallery = gr.Gallery(label="Pictures", format="png", columns=4, height=300)
             line = gr.Textbox(label="Decoding", interactive=False)
             tokens = gr.Image(label="Tokens of the first picture", format="png", height=SIDE)
     inputs = [text, count, seed, temperature, guidance, decoding, detokenizer]

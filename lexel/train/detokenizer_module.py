@@ -35,6 +35,12 @@ class DetokenizerModule(StageModule):
         self._tokenizer = (tokenizer.eval().requires_grad_(False),)
         self.preview = preview
 
+    @property
+    def has_idle_parameters(self) -> bool:
+        """The null condition learns only if it is sometimes given."""
+        config: Any = self.network.config
+        return config.null_dropout == 0
+
     def on_fit_start(self) -> None:
         """Bring the tokenizer to the network's device."""
         self._tokenizer[0].to(self.device)

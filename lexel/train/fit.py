@@ -15,7 +15,7 @@ from lexel.train.batches import Batches
 from lexel.train.callbacks import EMA, AtomicCheckpoint, MetricsFile, Progress, SamplePictures, Throughput
 from lexel.train.callbacks.checkpoint import last_checkpoint
 from lexel.train.module import StageModule
-from lexel.train.settings import LoggerSettings, StageSettings, TrainerSettings
+from lexel.train.settings import LoggerSettings, TrainerSettings
 
 _NOT_NEWS = (
     ".*does not have many workers.*",
@@ -24,6 +24,7 @@ _NOT_NEWS = (
     ".*but CUDA is not available.*",
     ".*GPU available but not used.*",
     ".*weights_only.*",
+    ".*FSDP2-wrapped module.*returned a view tensor.*",
 )
 """Warnings of the trainer that tell a user nothing to act on."""
 
@@ -46,8 +47,7 @@ def fit(
     checkpoints = folder / "checkpoints"
     built = build_trainer(
         trainer,
-        stage,
-        automatic=module.automatic_optimization,
+        module,
         callbacks=[
             *([EMA(stage.ema)] if stage.ema else []),
             *(callbacks or []),
@@ -68,14 +68,14 @@ def fit(
 
 def build_trainer(
     settings: TrainerSettings,
-    stage: StageSettings,
+    module: StageModule,
     *,
-    automatic: bool,
     callbacks: list[lightning.Callback],
     loggers: Any,
 ) -> lightning.Trainer:
     """The trainer of one stage. It never ends by itself: the module stops it after its last step, because
     Lightning counts a step per optimizer and a discriminator would count double."""
+    stage, automatic = module.stage, module.automatic_optimization
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     with warnings.catch_warnings():
         for message in _NOT_NEWS:
@@ -84,7 +84,7 @@ def build_trainer(
             accelerator=settings.accelerator,
             devices=settings.devices,
             num_nodes=settings.num_nodes,
-            strategy=_strategy(settings, automatic),
+            strategy=_strategy(settings, module.has_idle_parameters),
             precision=stage.precision,  # type: ignore[arg-type]
             max_epochs=-1,
             accumulate_grad_batches=stage.accumulate if automatic else 1,
@@ -102,12 +102,11 @@ def build_trainer(
         )
 
 
-def _strategy(settings: TrainerSettings, automatic: bool) -> Any:
+def _strategy(settings: TrainerSettings, idle: bool) -> Any:
     if settings.strategy == "ddp":
         from lightning.pytorch.strategies import DDPStrategy
 
-        # With a discriminator each backward pass reaches only one of the two networks.
-        return DDPStrategy(process_group_backend=settings.backend, find_unused_parameters=not automatic)
+        return DDPStrategy(process_group_backend=settings.backend, find_unused_parameters=idle)
     if settings.strategy == "fsdp2":
         from lightning.pytorch.strategies import ModelParallelStrategy
 

@@ -49,6 +49,11 @@ class StageModule(lightning.LightningModule, ABC):
         return self.network if self.average is None else self.average
 
     @property
+    def has_idle_parameters(self) -> bool:
+        """Whether a backward pass may leave parameters without gradient (DDP must then look for them)."""
+        return False
+
+    @property
     def step(self) -> int:
         """Optimizer steps done."""
         return self.consumed // self.stage.accumulate

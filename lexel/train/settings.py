@@ -17,6 +17,9 @@ STAGES = ("tokenizer", "lm", "detokenizer", "drafter", "evaluate")
 
 PRECISIONS = ("32-true", "bf16-mixed")
 
+MIXTURE = {"text_to_image": 1.0, "image_to_text": 1.0, "text": 0.0, "image": 0.0}
+"""How often each kind of document is drawn, unless told otherwise."""
+
 FREE = frozenset(
     {
         "validate_every",
@@ -104,7 +107,7 @@ class LMStage(StageSettings):
     a nested narrower network instead of the full one; captions_for_vocabulary: how many captions the BPE is
     trained on."""
 
-    mixture: dict[str, float] = field(default_factory=lambda: {"text_to_image": 1.0, "image_to_text": 1.0})
+    mixture: dict[str, float] = field(default_factory=lambda: dict(MIXTURE))
     drop: float = 0.1
     row_length: int = 0
     text_vocabulary: int = 512

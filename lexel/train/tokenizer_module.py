@@ -38,6 +38,11 @@ class TokenizerModule(StageModule):
         self.automatic_optimization = objective.discriminator is None
         self.preview = preview
 
+    @property
+    def has_idle_parameters(self) -> bool:
+        """With a discriminator each backward pass reaches only one of the two networks."""
+        return self.objective.discriminator is not None
+
     def compute(self, network: Any, batch: Tensor) -> tuple[Tensor, Metrics]:
         """The tokenizer's own loss."""
         output = network(batch, quantize=self.objective.rounds(self.step))
