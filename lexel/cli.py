@@ -173,7 +173,9 @@ def _add_data_commands(commands: Any) -> None:
         "lexel evaluate --bundle outputs/quickstart/bundle --count 500 --json report.json",
     )  # fmt: skip
     evaluate.add_argument(
-        "--data", default=SHAPES, help="'shapes' (default), or a folder of pictures or shards"
+        "--data",
+        default=SHAPES,
+        help="'shapes' (default: the scenes the bundle was trained on), or a folder of pictures or shards",
     )
     evaluate.add_argument("--count", type=_number(1), default=500, help="prompts of each kind (default: 500)")
     evaluate.add_argument("--seed", type=_number(0), default=0, help="default: 0")
@@ -353,7 +355,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     pipe = _load(arguments)
     report = evaluate_bundle(
         pipe,
-        data_config(arguments.data, pipe.tokenizer.image_size),
+        pipe.scenes
+        if arguments.data == SHAPES and pipe.scenes is not None
+        else data_config(arguments.data, pipe.tokenizer.image_size),
         count=arguments.count,
         seed=arguments.seed,
         batch_size=arguments.batch_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,7 +14,8 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 from hydra.errors import ConfigCompositionException
-from omegaconf import DictConfig
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
 
 import lexel.train.cli  # noqa: F401  (registers the schema)
 from lexel.errors import LexelError
@@ -60,6 +62,20 @@ def test_every_choice_of_every_group_composes_and_instantiates(
     run = _resolve(*overrides)
     for name in {name for stage in run.task.stages for name in NEEDED[stage]}:
         assert getattr(run, name) is not None
+
+
+FILLED_IN = {"vocab_size", "codebook_sizes", "code_offsets", "pad_id", "grid", "image_size", "length"}
+"""Fields of network configs that the run fills in from the vocabulary and the tokenizer."""
+
+
+@pytest.mark.parametrize(
+    ("group", "choice"), [c for c in CHOICES if c[0] in ("data", "tokenizer", "lm", "drafter", "detokenizer")]
+)
+def test_every_field_of_a_config_can_be_overridden(group: str, choice: str) -> None:
+    node = OmegaConf.load(CONF / group / f"{choice}.yaml")
+    fields = {f.name for f in dataclasses.fields(get_class(node["_target_"]))}
+    assert fields - FILLED_IN <= set(node), "missing in the YAML"
+    assert set(node) - fields <= {"_target_", "_partial_"}, "not a field"
 
 
 @pytest.mark.parametrize("task", [choice for group, choice in CHOICES if group == "task"])

@@ -1,9 +1,9 @@
 """Two processes on a CPU (gloo) train the same network as one process with the same global batch.
 
-Tolerance: after 8 steps weights agree to 1e-5, because the mean over processes of mean gradients adds in
-another order than one mean (measured: 2.4e-7). Where the processes hold different numbers of targets, or draw
-their own noise, they are not one process: the documents here are pictures alone, equally long, and no noise
-is drawn.
+Tolerance: after 8 steps weights agree to 1e-5 (absolute and relative), because the mean over processes of
+mean gradients adds in another order than one mean (measured: 2.4e-7). Where the processes hold different
+numbers of targets, or draw their own noise, they are not one process: the documents here are pictures alone,
+equally long, and no noise is drawn.
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ def test_two_processes_train_what_one_does_even_when_killed(
         one, two = (load_file(p / "out" / stage / "model.safetensors") for p in (one_process, tmp_path))
         assert one.keys() == two.keys()
         for key, value in one.items():
-            torch.testing.assert_close(two[key], value, rtol=0, atol=ATOL, msg=lambda m, k=key: f"{k}: {m}")
+            torch.testing.assert_close(
+                two[key], value, rtol=ATOL, atol=ATOL, msg=lambda m, k=key: f"{k}: {m}"
+            )
         assert len(_losses(tmp_path, stage)) == 8
         assert _losses(tmp_path, stage) == pytest.approx(_losses(one_process, stage), abs=ATOL)
     assert json.loads((tmp_path / "out" / "lm" / "done.json").read_text())["settings"]["processes"] == 2
@@ -114,7 +116,7 @@ def test_codebooks_of_two_processes_stay_the_same(one_process: Path, tmp_path: P
     _run(tmp_path / "two", *arguments, "trainer=ddp", *TWO)
     one, two = (load_file(tmp_path / name / "out/tokenizer/model.safetensors") for name in ("one", "two"))
     for key, value in one.items():
-        torch.testing.assert_close(two[key], value, rtol=0, atol=ATOL, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(two[key], value, rtol=ATOL, atol=ATOL, msg=lambda m, k=key: f"{k}: {m}")
 
 
 def test_a_discriminator_trains_on_two_processes(tmp_path: Path) -> None:

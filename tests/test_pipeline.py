@@ -13,6 +13,7 @@ from PIL import Image as PictureFile
 from safetensors.torch import load_file
 
 from lexel.data.images import to_image
+from lexel.data.shapes import ShapesConfig
 from lexel.document import DocumentCodec, Image, Text
 from lexel.errors import LexelError
 from lexel.models.causal_lm import CausalLM
@@ -342,3 +343,10 @@ class TestBadInput:
     def test_a_picture_of_another_size(self, tiny_pipeline):
         with pytest.raises(ValueError, match=r"\[3, 32, 32\]"):
             tiny_pipeline.reconstruct(torch.zeros(3, 16, 16))
+
+
+def test_a_bundle_remembers_the_scenes_it_was_trained_on(tiny_pipeline, tmp_path):
+    scenes = ShapesConfig(backgrounds=("dark",), variation=0.25)
+    remembering = Pipeline(tiny_pipeline.tokenizer, tiny_pipeline.lm, tiny_pipeline.codec, scenes=scenes)
+    remembering.save_pretrained(tmp_path)
+    assert Pipeline.from_pretrained(tmp_path).scenes == scenes

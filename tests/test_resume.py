@@ -93,11 +93,12 @@ ARGUMENTS = [
     "objective.tokenizer.unrounded_steps=7",
     "quantizer.codebook_size=64",
     "threads=1",
-    *(f"stages.{name}.{setting}" for name in ("tokenizer", "lm") for setting in ("steps=40", "checkpoint_every=7")),
     "lm.dropout=0.1",
     "lm.ffn_widths=[0.5,1.0]",
     "stages.lm.narrow=0.5",
-]  # fmt: skip
+]
+for _stage in ("tokenizer", "lm"):
+    ARGUMENTS += [f"stages.{_stage}.steps=40", f"stages.{_stage}.checkpoint_every=7"]
 
 
 def _start(folder: Path) -> subprocess.Popen[str]:

@@ -316,8 +316,8 @@ def _gan_module(**objective: Any) -> tuple[Any, Batches]:
 
     stage = TokenizerStage(**{**vars(toy_stage(steps=6)), "discriminator_lr": 1e-3})
     config = VQTokenizerConfig(
-        image_size=16, channels=8, channel_mult=(1,), res_blocks=1, z_channels=8, attention=False, norm_groups=4,
-        stem=4, encoder="patch", encoder_channels=8, quantizer=QuantizerConfig(codebook_size=8),
+        image_size=16, channels=8, channel_mult=(1,), res_blocks=1, z_channels=8, attention=False, stem=4,
+        norm_groups=4, encoder="patch", encoder_channels=8, quantizer=QuantizerConfig(codebook_size=8),
     )  # fmt: skip
     settings = {"adversarial_start": 3, "discriminator": PatchDiscriminatorConfig(8, 2), **objective}
     torch.manual_seed(0)

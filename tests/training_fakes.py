@@ -36,6 +36,8 @@ class Toy(nn.Module, Pretrained):
         self.blocks = nn.ModuleList(nn.Linear(config.dim, config.dim) for _ in range(2))
         self.drop = nn.Dropout(0.2)
         self.momentum = 0.1
+        self.seen: Tensor
+        self.mean: Tensor
         self.register_buffer("seen", torch.zeros(()))
         self.register_buffer("mean", torch.zeros(config.dim))
 
@@ -68,7 +70,7 @@ class ToyModule(StageModule):
         loss = (network(batch) - batch.flip(-1)).square().mean()
         return loss, {"half": loss.detach() / 2}
 
-    def pictures(self, count: int) -> Tensor:
+    def pictures(self, network: nn.Module, count: int) -> Tensor:
         return torch.rand(1, count, 3, 4, 4)
 
 

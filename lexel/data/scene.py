@@ -38,7 +38,7 @@ BACKGROUNDS: dict[str, Rgb] = {
     "dark": (0.13, 0.14, 0.17),
 }
 TEXTURES = ("gradient", "stripes", "blotches")
-RADIUS = {"small": 0.125, "large": 0.19}
+RADIUS = {"small": 0.13, "large": 0.19}
 UNKNOWN = "unknown"
 COLORS = tuple(PALETTE)
 SIZES = tuple(RADIUS)

@@ -55,7 +55,9 @@ PAIRS: tuple[Pair, ...] = tuple((color, shape) for color in COLORS for shape in 
 UNSEEN_PAIRS: tuple[Pair, ...] = tuple((color, SHAPES[(3 * i + 2) % 8]) for i, color in enumerate(COLORS))
 SEEN_PAIRS: tuple[Pair, ...] = tuple(pair for pair in PAIRS if pair not in UNSEEN_PAIRS)
 
-_CENTERS = np.array([0.22, 0.5, 0.78])
+# Quarters: at 32 pixels every cell lies alike on a 4-pixel (or 8-pixel) token grid, so that an object is
+# written with the same codes wherever it stands.
+_CENTERS = np.array([0.25, 0.5, 0.75])
 _CENTER_JITTER = 0.06
 _EDGE_MARGIN = 0.015
 _GAP = 0.05
@@ -87,8 +89,10 @@ class ShapesConfig:
 
     size: side of the pictures in pixels, 32..256. count: examples in the training split (the validation split
     has an eighth of it, at least 64). seed: of all randomness. max_objects: 1..3. object_weights: chances of
-    1, 2, 3 objects. textured: share of textured backgrounds. captions_per_picture: the first always names all
-    objects with colour and shape. partial: share of the others that leave something out.
+    1, 2, 3 objects. textured: share of textured backgrounds. backgrounds: shades to choose from.
+    variation: how far places, radii, colours and shades wander from their nominal values, 0 (fixed) to 1.
+    captions_per_picture: the first always names all objects with colour and shape. partial: share of the
+    others that leave something out.
     Raises ValueError when a value is out of range.
     """
 
@@ -98,11 +102,16 @@ class ShapesConfig:
     max_objects: int = 3
     object_weights: tuple[float, ...] = (0.4, 0.4, 0.2)
     textured: float = 0.2
+    backgrounds: tuple[str, ...] = tuple(BACKGROUNDS)
+    variation: float = 1.0
     captions_per_picture: int = 4
     partial: float = 0.25
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "object_weights", tuple(self.object_weights))
+        object.__setattr__(self, "backgrounds", tuple(self.backgrounds))
+        if not self.backgrounds or set(self.backgrounds) - set(BACKGROUNDS):
+            raise ValueError(f"backgrounds are some of {', '.join(BACKGROUNDS)}, got {self.backgrounds}.")
         if not 32 <= self.size <= 256:
             raise ValueError(f"shapes are drawn at sizes 32..256, got {self.size}.")
         if not 1 <= self.max_objects <= 3:
@@ -117,8 +126,9 @@ class ShapesConfig:
                 "count and captions_per_picture must be at least 1, "
                 f"got {self.count} and {self.captions_per_picture}."
             )
-        if not (0 <= self.textured <= 1 and 0 <= self.partial <= 1):
-            raise ValueError(f"textured and partial are shares in 0..1, got {self.textured}, {self.partial}.")
+        for name in ("textured", "partial", "variation"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in 0..1, got {getattr(self, name)}.")
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -148,7 +158,7 @@ class ShapesConfig:
     def _scene(self, kind: Kind, seed: int, index: int) -> Scene:
         rng = _generator(self.seed, _STREAMS[_known_kind(kind)], seed, index)
         pairs = _draw_pairs(rng, _OBJECTS[kind], "unseen" if kind == "unseen" else "validation")
-        return draw_scene(rng, pairs, self.textured)
+        return draw_scene(rng, pairs, self)
 
     def _example(self, kind: Kind, seed: int, index: int) -> Example:
         scene = self._scene(kind, seed, index)
@@ -186,7 +196,7 @@ class ShapesDataset(Dataset[Example]):
         rng = _generator(self.config.seed, _STREAMS[self.split], self._index(index))
         weights = np.array(self.config.object_weights[: self.config.max_objects])
         objects = 1 + int(rng.choice(len(weights), p=weights / weights.sum()))
-        return draw_scene(rng, _draw_pairs(rng, objects, self.split), self.config.textured)
+        return draw_scene(rng, _draw_pairs(rng, objects, self.split), self.config)
 
     def captions(self, index: int) -> tuple[str, ...]:
         """All captions of an example, without drawing its picture."""
@@ -224,34 +234,41 @@ def _draw_pairs(rng: np.random.Generator, count: int, pool: str) -> list[Pair]:
             return pairs
 
 
-def draw_scene(rng: np.random.Generator, pairs: Sequence[Pair], textured: float = 0.2) -> Scene:
+def draw_scene(rng: np.random.Generator, pairs: Sequence[Pair], config: ShapesConfig) -> Scene:
     """A scene of the given (colour, shape) pairs with random sizes, places and background.
 
     Objects keep a gap to each other and to the picture's edge, and lie well inside a cell of the 3x3 grid.
     """
-    sizes = [SIZES[i] for i in rng.integers(len(SIZES), size=len(pairs))]
-    radii = np.array([RADIUS[size] for size in sizes])
-    radii *= 1 + rng.uniform(-_RADIUS_JITTER, _RADIUS_JITTER, len(pairs))
+    sizes, radii, centers = _arrange(rng, pairs, config)
     objects = []
-    for (color, shape), size, radius, (x, y) in zip(pairs, sizes, radii, _draw_centers(rng, pairs, radii)):
-        rgb = _jitter(rng, PALETTE[color], _COLOR_JITTER)
+    for (color, shape), size, radius, (x, y) in zip(pairs, sizes, radii, centers):
+        rgb = _jitter(rng, PALETTE[color], config.variation * _COLOR_JITTER)
         objects.append(SceneObject.of(shape, color, size, (float(x), float(y)), float(radius), rgb))
     # Reading order by cell, so that a list of objects has one canonical order.
-    objects.sort(key=lambda thing: (round(thing.center[1] / 0.28), thing.center[0]))
-    return Scene(tuple(objects), _draw_background(rng, textured))
+    objects.sort(key=lambda thing: (round(thing.center[1] / 0.25), thing.center[0]))
+    return Scene(tuple(objects), _draw_background(rng, config))
 
 
-def _draw_centers(rng: np.random.Generator, pairs: Sequence[Pair], radii: np.ndarray) -> np.ndarray:
-    """Centres ``[objects, 2]`` such that boxes or surrounding circles keep the gap; tried in batches."""
+def _arrange(
+    rng: np.random.Generator, pairs: Sequence[Pair], config: ShapesConfig
+) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Size names, radii ``[n]`` and centres ``[n, 2]`` such that boxes or surrounding circles keep the gap.
+    Objects too large to stand apart get other sizes."""
     moments = [shape_moments(shape) for _, shape in pairs]
-    reach = radii * np.array([moment.reach for moment in moments])
-    boxes = radii[:, None] * np.array([moment.box for moment in moments])
-    low, high = _EDGE_MARGIN - boxes[:, :2], 1 - _EDGE_MARGIN - boxes[:, 2:]
+    jitter = config.variation * _CENTER_JITTER
     first, second = np.triu_indices(len(pairs), 1)
     while True:
-        cells = _CENTERS[rng.integers(3, size=(8, len(pairs), 2))]
-        centers = cells + rng.uniform(-_CENTER_JITTER, _CENTER_JITTER, cells.shape)
-        centers = np.clip(centers, low, high)
+        sizes = [SIZES[i] for i in rng.integers(len(SIZES), size=len(pairs))]
+        radii = np.array([RADIUS[size] for size in sizes])
+        radii *= 1 + config.variation * rng.uniform(-_RADIUS_JITTER, _RADIUS_JITTER, len(pairs))
+        reach = radii * np.array([moment.reach for moment in moments])
+        boxes = radii[:, None] * np.array([moment.box for moment in moments])
+        cells = _CENTERS[rng.integers(3, size=(16, len(pairs), 2))]
+        centers = np.clip(
+            cells + rng.uniform(-jitter, jitter, cells.shape),
+            _EDGE_MARGIN - boxes[:, :2],
+            1 - _EDGE_MARGIN - boxes[:, 2:],
+        )
         between = centers[:, second] - centers[:, first]
         rounds_apart = np.linalg.norm(between, axis=-1) - reach[first] - reach[second]
         ahead = between + boxes[second, :2] - boxes[first, 2:]
@@ -259,7 +276,7 @@ def _draw_centers(rng: np.random.Generator, pairs: Sequence[Pair], radii: np.nda
         boxes_apart = np.maximum(ahead, behind).max(-1)
         free = (np.maximum(rounds_apart, boxes_apart) > _GAP).all(1)
         if free.any():
-            return centers[free.argmax()]
+            return sizes, radii, centers[free.argmax()]
 
 
 def _jitter(rng: np.random.Generator, rgb: Rgb, amount: float) -> Rgb:
@@ -267,12 +284,12 @@ def _jitter(rng: np.random.Generator, rgb: Rgb, amount: float) -> Rgb:
     return (red, green, blue)
 
 
-def _draw_background(rng: np.random.Generator, textured: float) -> Background:
-    shade = tuple(BACKGROUNDS)[int(rng.integers(len(BACKGROUNDS)))]
-    lift = rng.uniform(-_SHADE_JITTER, _SHADE_JITTER)
+def _draw_background(rng: np.random.Generator, config: ShapesConfig) -> Background:
+    shade = config.backgrounds[int(rng.integers(len(config.backgrounds)))]
+    lift = config.variation * rng.uniform(-_SHADE_JITTER, _SHADE_JITTER)
     red, green, blue = (min(1.0, channel + lift) for channel in BACKGROUNDS[shade])
-    rgb = _jitter(rng, (red, green, blue), 0.01)
-    if rng.random() >= textured:
+    rgb = _jitter(rng, (red, green, blue), config.variation * 0.01)
+    if rng.random() >= config.textured:
         return Background(shade, rgb)
     return Background(
         shade,
@@ -339,9 +356,9 @@ def chance_accuracy(kind: Kind) -> float:
     """Chance that a random scene with the right number of objects shows a random prompt of this kind, and so
     that a random caption fits a random scene. Every (colour, shape) pair is equally likely in the scenes,
     the unseen ones too. Monte Carlo over 400 prompts x 400 scenes with a fixed seed."""
-    claims = [claim for _, claim in ShapesConfig().prompts(kind, 400, seed=1)]
+    config = ShapesConfig()
+    claims = [claim for _, claim in config.prompts(kind, 400, seed=1)]
     rng = _generator(_STREAMS[kind], 2)
-    scenes = [draw_scene(rng, _draw_pairs(rng, _OBJECTS[kind], "any")).objects for _ in range(400)]
-    return sum(satisfies(claim, objects) for claim in claims for objects in scenes) / (
-        len(claims) * len(scenes)
-    )
+    scenes = [draw_scene(rng, _draw_pairs(rng, _OBJECTS[kind], "any"), config).objects for _ in range(400)]
+    shown = sum(satisfies(claim, objects) for claim in claims for objects in scenes)
+    return shown / (len(claims) * len(scenes))

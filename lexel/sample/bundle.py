@@ -19,6 +19,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lexel.data.shapes import ShapesConfig
 from lexel.document import DocumentCodec, TextTokenizer
 from lexel.errors import LexelError
 from lexel.hub import decode_config, resolve_folder, write_atomically
@@ -56,7 +57,8 @@ class DecodingConfig:
 @dataclass(frozen=True)
 class BundleInfo:
     """What `bundle.json` says. tokenizer: fingerprint of the tokenizer whose codes the LM was trained on;
-    codebook_sizes: of that tokenizer; parts: the folders present; layouts and sampling: per modality."""
+    codebook_sizes: of that tokenizer; parts: the folders present; layouts and sampling: per modality;
+    scenes: the procedural scenes it was trained on, where it was."""
 
     tokenizer: str
     codebook_sizes: tuple[int, ...]
@@ -64,6 +66,7 @@ class BundleInfo:
     layouts: Mapping[str, CodeLayout]
     sampling: Mapping[str, SamplingConfig]
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    scenes: ShapesConfig | None = None
     format: int = FORMAT
 
     def write(self, folder: Path) -> None:
@@ -88,6 +91,7 @@ class BundleInfo:
                 layouts={name: decode_config(CodeLayout, x) for name, x in values["layouts"].items()},
                 sampling={name: decode_config(SamplingConfig, x) for name, x in values["sampling"].items()},
                 decoding=decode_config(DecodingConfig, values["decoding"]),
+                scenes=decode_config(ShapesConfig, values["scenes"]) if values.get("scenes") else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise LexelError(f"{path} is damaged ({type(error).__name__}: {error}).") from error

@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import Tensor
 
 from lexel.data.images import read_pixels, to_pixels
+from lexel.data.shapes import ShapesConfig
 from lexel.document import Document, DocumentCodec, Grammar, Image, Segment, State, Text, TokenSequence
 from lexel.errors import LexelError
 from lexel.models.causal_lm import CausalLM
@@ -71,7 +72,8 @@ class Pipeline:
     """Tokenizer, language model and document codec, with an optional detokenizer and small drafter.
 
     tokenizer_fingerprint: the tokenizer whose codes the LM was trained on, when known. sampling: defaults per
-    modality; decoding: the default strategy. Raises LexelError when the parts do not belong together.
+    modality; decoding: the default strategy; scenes: the procedural scenes it was trained on, where it was.
+    Raises LexelError when the parts do not belong together.
     """
 
     def __init__(
@@ -84,12 +86,14 @@ class Pipeline:
         drafter: CausalLM | None = None,
         sampling: Mapping[str, SamplingConfig] | None = None,
         decoding: DecodingConfig | None = None,
+        scenes: ShapesConfig | None = None,
         tokenizer_fingerprint: str | None = None,
     ) -> None:
         self.tokenizer, self.lm, self.codec = tokenizer, lm, codec
         self.detokenizer, self.drafter = detokenizer, drafter
         self.sampling = {**DEFAULT_SAMPLING, **(sampling or {})}
         self.decoding = decoding or DecodingConfig()
+        self.scenes = scenes
         self._check_parts(tokenizer_fingerprint)
 
     def _check_parts(self, trained_on: str | None) -> None:
@@ -140,6 +144,7 @@ class Pipeline:
             drafter=CausalLM.from_pretrained(folder / "drafter") if "drafter" in info.parts else None,
             sampling=info.sampling,
             decoding=info.decoding,
+            scenes=info.scenes,
             tokenizer_fingerprint=info.tokenizer,
         )
 
@@ -179,6 +184,7 @@ class Pipeline:
             layouts=self.codec.layouts,
             sampling=self.sampling,
             decoding=self.decoding,
+            scenes=self.scenes,
         ).write(folder)
 
     def to(self, device: torch.device | str) -> Pipeline:

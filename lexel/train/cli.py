@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lexel.errors import LexelError
 from lexel.train.settings import Run
 
-USER_ERRORS = (LexelError, ValueError, FileNotFoundError, HydraException, OmegaConfBaseException)
+USER_ERRORS = (LexelError, ValueError, OSError, HydraException, OmegaConfBaseException)
 """What a wrong input raises: printed as one sentence, exit code 2."""
 
 FULL_ERROR = "HYDRA_FULL_ERROR"

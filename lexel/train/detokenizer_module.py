@@ -54,12 +54,11 @@ class DetokenizerModule(StageModule):
         with torch.autocast(pixels.device.type, enabled=False):
             return self._tokenizer[0].encode(pixels.float())
 
-    def pictures(self, count: int) -> Tensor | None:
+    def pictures(self, network: Any, count: int) -> Tensor | None:
         """The preview pictures, the tokenizer's reconstructions, and what the detokenizer makes of the
         codes."""
         if self.preview is None:
             return None
-        network: Any = self.exported
         pixels = self.preview[:count].to(self.device)
         codes = self._codes(pixels)
         drawn = network.decode(codes, steps=self.stage.steps_to_decode)

@@ -80,6 +80,7 @@ def _finish(chain: Chain, folder: Path) -> dict[str, Any]:
 
 def assemble(chain: Chain) -> Pipeline:
     """The trained parts as one pipeline. LexelError when they were not trained together."""
+    from lexel.data.shapes import ShapesConfig
     from lexel.sample.bundle import TRAINED_ON_FILE
     from lexel.sample.pipeline import Pipeline
     from lexel.train.codec import load_codec
@@ -93,6 +94,7 @@ def assemble(chain: Chain) -> Pipeline:
         load_codec(folder),
         **{name: load_part(chain, name) for name in OPTIONAL if chain.has_part(name)},
         sampling=sampling_of(chain),
+        scenes=chain.run.data if isinstance(chain.run.data, ShapesConfig) else None,
         tokenizer_fingerprint=trained_on.get("tokenizer"),
     )
 

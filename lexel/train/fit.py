@@ -99,6 +99,8 @@ def build_trainer(
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
+            # FSDP2 keeps the buffers that it gathers weights into, and they must stay usable.
+            inference_mode=False,
         )
 
 

@@ -62,9 +62,9 @@ class LMModule(StageModule):
         rng = random.Random(mix_seed(self.seed, self.step))
         return rng.choice(narrower) if narrower and rng.random() < self.stage.narrow else None
 
-    def pictures(self, count: int) -> Tensor | None:
+    def pictures(self, network: Any, count: int) -> Tensor | None:
         """Pictures drawn from captions."""
-        return None if self.draw is None else self.draw(self.exported, count)
+        return None if self.draw is None else self.draw(network, count)
 
 
 class DrafterModule(LMModule):

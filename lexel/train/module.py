@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lexel.data.sampler import mix_seed
 from lexel.train.callbacks.metrics_file import MetricsFile
 from lexel.train.settings import StageSettings
+from lexel.train.sharding import shard, whole
 
 Metrics = Mapping[str, "Tensor | float"]
 
@@ -67,7 +68,7 @@ class StageModule(lightning.LightningModule, ABC):
     def compute(self, network: nn.Module, batch: Any) -> tuple[Tensor, Metrics]:
         """The loss (scalar) and detached metrics of one batch with the given network."""
 
-    def pictures(self, count: int) -> Tensor | None:
+    def pictures(self, network: nn.Module, count: int) -> Tensor | None:
         """Rows of pictures for the sample grid, float ``[rows, columns, 3, h, w]`` in [-1, 1]; None: no
         grid."""
         return None
@@ -101,11 +102,7 @@ class StageModule(lightning.LightningModule, ABC):
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Report the mean of the metrics since the last report; stop after the last step."""
-        if self.at_step_boundary and (self.step % self.stage.log_every == 0 or self.step == self.stage.steps):
-            self.latest = self._mean(self._window)
-            self._window = []
-            self.report({**self.latest, "lr": self.trainer.optimizers[0].param_groups[0]["lr"]})
+        """Stop after the last step."""
         if self.step >= self.stage.steps:
             self.trainer.should_stop = True
 
@@ -132,6 +129,13 @@ class StageModule(lightning.LightningModule, ABC):
     def collect(self, metrics: Metrics) -> None:
         """Add metrics of a batch to the running window."""
         self._window.append(metrics)
+
+    def report_window(self) -> None:
+        """Report the mean of what was collected since the last report, every `log_every` steps."""
+        if self.at_step_boundary and (self.step % self.stage.log_every == 0 or self.step == self.stage.steps):
+            self.latest = self._mean(self._window)
+            self._window = []
+            self.report({**self.latest, "lr": self.trainer.optimizers[0].param_groups[0]["lr"]})
 
     def report(self, metrics: Mapping[str, float]) -> None:
         """Send metrics to the loggers under the current step."""
@@ -202,42 +206,3 @@ class StageModule(lightning.LightningModule, ABC):
         network = whole(self.exported)
         if self.trainer.is_global_zero:
             network.save_pretrained(folder)
-
-
-def shard(network: nn.Module, mesh: Any) -> None:
-    """FSDP2 in place: each block of a repeated stack (an element of an `nn.ModuleList` that is called as a
-    module) is one group of parameters, the rest another. The methods that Lexel's networks are called by
-    beside `forward` gather the parameters too."""
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
-    if any(hasattr(parameter, "device_mesh") for parameter in network.parameters()):
-        return  # Lightning calls configure_model once per trainer function
-    for block in _blocks(network):
-        fully_shard(block, mesh=mesh)
-    fully_shard(network, mesh=mesh)
-    for name in ("encode", "decode", "embed", "loss"):
-        if hasattr(network, name):
-            register_fsdp_forward_method(network, name)
-
-
-def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    for child in module.children():
-        called = type(child).forward is not nn.Module.forward
-        if isinstance(module, nn.ModuleList) and called and next(child.parameters(), None) is not None:
-            yield child
-        else:
-            yield from _blocks(child)
-
-
-def whole(network: nn.Module) -> Any:
-    """An unsharded copy of the network (the network itself where it is not sharded)."""
-    if not any(hasattr(parameter, "device_mesh") for parameter in network.parameters()):
-        return network
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(network, options=options)
-    copied = type(network)(network.config)
-    if state:  # only the first process receives it
-        copied.load_state_dict(state)
-    return copied

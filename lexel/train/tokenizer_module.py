@@ -95,10 +95,9 @@ class TokenizerModule(StageModule):
             return first
         return [first, self.optimizer_for(theirs.items(), self.stage.discriminator_lr)]
 
-    def pictures(self, count: int) -> Tensor | None:
+    def pictures(self, network: Any, count: int) -> Tensor | None:
         """The preview pictures above their reconstructions."""
         if self.preview is None:
             return None
-        network: Any = self.exported
         pixels = self.preview[:count].to(self.device)
         return torch.stack([pixels, network.decode(network.encode(pixels))])

@@ -11,11 +11,13 @@ from lightning.pytorch import Callback, Trainer
 from PIL import Image
 from torch import Tensor
 
+from lexel.train.sharding import whole
+
 
 class SamplePictures(Callback):
     """Saves ``<folder>/step-NNNNNN.png`` every `every` optimizer steps (0: never) from
-    `module.pictures(count)`, which gives rows of pictures, float ``[rows, columns, 3, h, w]``, or None; also
-    sent to loggers that take images."""
+    `module.pictures(network, count)`, which gives rows of pictures, float ``[rows, columns, 3, h, w]``, or
+    None; also sent to loggers that take images."""
 
     def __init__(self, folder: Path, every: int, count: int) -> None:
         self.folder = folder
@@ -28,10 +30,17 @@ class SamplePictures(Callback):
         step = pl_module.step
         if not (self.every and pl_module.at_step_boundary and step % self.every == 0):
             return
-        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+        # Drawing loops as long as the pictures need: with sharded weights the first process does it on a
+        # copy of its own, because all processes would have to take every turn together.
+        network = whole(pl_module.exported).to(pl_module.device)
+        if not trainer.is_global_zero:
+            return
+        training = network.training
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # the same noise each time: the grids of a run compare
-            pictures = pl_module.pictures(self.count)
-        if pictures is None or not trainer.is_global_zero:
+            pictures = pl_module.pictures(network.eval(), self.count)
+        network.train(training)
+        if pictures is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         picture = grid(pictures)

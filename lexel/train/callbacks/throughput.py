@@ -1,4 +1,4 @@
-"""How fast the training goes."""
+"""How fast the training goes, and the report of it and all else that was measured."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from lightning.pytorch import Callback, Trainer
 
 
 class Throughput(Callback):
-    """Adds ``examples_per_second`` (all processes together, validation and samples not counted) to the
-    reported metrics, and counts the seconds of training, interruptions included, in `module.seconds`."""
+    """Has the module report its metrics (before a checkpoint is written, so that a run killed after it has
+    lost no row). Adds ``examples_per_second`` (all processes together, validation and samples not counted)
+    to the reported metrics, and counts the seconds of training, interruptions included, in
+    `module.seconds`."""
 
     def __init__(self) -> None:
         self._start = 0.0
@@ -26,6 +28,7 @@ class Throughput(Callback):
         pl_module.seconds += seconds
         examples = pl_module.stage.batch_size * trainer.world_size
         pl_module.collect({"examples_per_second": examples / max(seconds, 1e-9)})
+        pl_module.report_window()
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         self._start = 0.0  # the next batch starts the clock again
