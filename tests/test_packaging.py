@@ -1,4 +1,4 @@
-"""What is installed is what is in the repository, the dependencies are honest, and the docs' commands parse."""
+"""What is installed is what is in the repository, dependencies are honest, and the docs' commands parse."""
 
 from __future__ import annotations
 
@@ -160,11 +160,12 @@ def test_documented_lexel_commands_parse(command: str) -> None:
 
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The YAML files that the docs tell a user to write: blocks whose first line is a comment with a path."""
+    """The YAML files that the docs tell a user to write: blocks that begin with a path in a comment (after
+    Hydra's own, which must come first)."""
     folder = tmp_path_factory.mktemp("configs")
     for page in PAGES:
         for text in blocks(page, "yaml"):
-            if named := re.match(r"# (\S+\.yaml)\n", text):
+            if named := re.match(r"(?:# @package \S+\n)?# (\S+\.yaml)\n", text):
                 path = folder / named[1]
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text)

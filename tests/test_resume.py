@@ -128,6 +128,19 @@ def _kill_after_a_checkpoint(folder: Path, stage: str) -> None:
 
 
 @pytest.mark.slow
+def test_an_interrupted_command_says_how_to_continue(tmp_path: Path) -> None:
+    process = _start(tmp_path)
+    while not (tmp_path / "out" / "tokenizer" / "checkpoints" / "last.ckpt").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "interrupted; the same command continues" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.slow
 def test_killed_commands_end_with_the_weights_of_an_uninterrupted_one(tmp_path: Path) -> None:
     _finish(tmp_path / "whole")
     for stage in ("tokenizer", "lm"):

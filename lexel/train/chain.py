@@ -58,8 +58,12 @@ class Remembering(Dataset[Example]):
 
     def __init__(self, source: Dataset[Example], limit: int) -> None:
         self.source = source
-        self._room = limit
+        self._limit = self._room = limit
         self._kept: dict[int, Example] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Each kept tensor would travel to a loading process through an open file of its own.
+        return {**vars(self), "_kept": {}, "_room": self._limit}
 
     def __len__(self) -> int:
         return len(self.source)  # type: ignore[arg-type]

@@ -61,9 +61,12 @@ def fit(
     with warnings.catch_warnings():
         for message in _NOT_NEWS:
             warnings.filterwarnings("ignore", message)
-        built.fit(module, batches, ckpt_path=_checked(last_checkpoint(checkpoints)), weights_only=True)
-    if built.interrupted:
-        raise KeyboardInterrupt
+        try:
+            built.fit(module, batches, ckpt_path=_checked(last_checkpoint(checkpoints)), weights_only=True)
+        except SystemExit:
+            if built.interrupted:  # Lightning turns the interruption into a silent exit
+                raise KeyboardInterrupt from None
+            raise
 
 
 def build_trainer(
