@@ -3,6 +3,7 @@ not."""
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -301,6 +302,16 @@ def test_remembered_examples_are_made_once_within_the_budget() -> None:
     for _ in range(3):
         assert [remembered[i].key for i in range(4)] == ["0", "1", "2", "3"]
     assert source.made == 2 + 3 * 2
+
+
+def test_remembered_examples_stay_behind_when_a_loading_process_starts() -> None:
+    from torch.utils.data import TensorDataset
+
+    remembered = Remembering(TensorDataset(torch.zeros(4, 1)), limit=100)
+    vars(remembered)["_kept"][0] = "a picture"
+    sent = copy.copy(remembered)  # by way of __getstate__, as to a process
+    assert vars(sent)["_kept"] == {}
+    assert len(sent) == 4
 
 
 # The tokenizer's two optimizers
