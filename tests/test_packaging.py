@@ -12,6 +12,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from packaging.requirements import Requirement
 
 import lexel
 from lexel.cli import build_parser
+from lexel.data import ShapesConfig
 from lexel.train.cli import resolve
 
 ROOT = Path(__file__).parents[1]
@@ -117,7 +119,19 @@ def test_every_import_is_a_declared_dependency(described: email.message.Message)
         assert names & declared, f"{module} is imported but not among the dependencies"
 
 
-# The docs' commands
+# The docs
+
+
+def test_the_docs_name_every_option() -> None:
+    training, data = ((ROOT / "docs" / f"{page}.md").read_text() for page in ("training", "data"))
+    conf = ROOT / "lexel" / "conf"
+    for path in conf.rglob("*.yaml"):
+        group = path.parent.relative_to(conf).as_posix()
+        if group not in (".", "hydra/help"):
+            assert f"`{group}`" in training or group == "task", group
+            assert re.search(rf"\b{path.stem}\b", training), f"docs/training.md lacks {group}={path.stem}"
+    for field in fields(ShapesConfig):
+        assert f"`{field.name}`" in data, f"docs/data.md lacks {field.name}"
 
 
 def blocks(page: Path, *languages: str) -> list[str]:

@@ -473,6 +473,12 @@ def test_the_whole_chain_runs_and_is_reused(tmp_path: Path) -> None:
     third = _command(*arguments, "stages.drafter.lr=5e-4", folder=tmp_path)
     assert "drafter: starting over, because stage.lr: 0.001 → 0.0005" in third.stdout
     assert "lm: finished before" in third.stdout
+    arguments = ["experiment=quickstart", "debug=fast", "task=lm", "output=given", "codes.folder=out/codes"]
+    given = _command(*arguments, "parts.tokenizer=out/tokenizer", folder=tmp_path)
+    assert given.returncode == 0, given.stderr
+    assert not (tmp_path / "given" / "codes").exists()
+    weights = [(tmp_path / name / "lm" / "model.safetensors").read_bytes() for name in ("out", "given")]
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.slow

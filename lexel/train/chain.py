@@ -205,6 +205,8 @@ class Chain:
     def codes_settings(self) -> dict[str, Any]:
         """What decides the codes."""
         codes = self.run.codes
+        if codes.folder is not None:
+            return {"tokenizer": self.fingerprint, "folder": codes.folder}
         return plain(
             {
                 "tokenizer": self.fingerprint,
@@ -216,13 +218,13 @@ class Chain:
         )
 
     def tokenize(self) -> None:
-        """The stage that writes both splits' codes to ``codes/``, once per run."""
+        """The stage that writes both splits' codes to ``codes/``, once per run, unless they are given."""
         from lexel.data.tokenized import tokenize_dataset
 
-        if self._tokenized:
+        codes = self.run.codes
+        if self._tokenized or codes.folder is not None:
             return
         self._tokenized = True
-        codes = self.run.codes
 
         def work(folder: Path) -> dict[str, Any]:
             start = time.perf_counter()
@@ -243,7 +245,8 @@ class Chain:
         self.stage("codes", self.codes_settings(), work, together=False, keep_previous=False)
 
     def codes(self, split: str) -> TokenizedDataset:
-        """The stored codes of a split (after `tokenize`)."""
+        """The stored codes of a split (after `tokenize`). LexelError when they are another tokenizer's."""
         from lexel.data.tokenized import TokenizedDataset
 
-        return TokenizedDataset(self.run.folder / "codes" / split, self.fingerprint)
+        folder = self.run.folder / "codes" if self.run.codes.folder is None else Path(self.run.codes.folder)
+        return TokenizedDataset(folder / split, self.fingerprint)

@@ -168,9 +168,11 @@ class Task:
 
 @dataclass
 class Codes:
-    """count: how many training pictures to tokenize (null: all, unless the source draws pictures endlessly);
-    validation_count: the same for the validation split; workers, batch_size: of `tokenize_dataset`."""
+    """folder: codes that `lexel tokenize` wrote, with `train` and `validation` inside (null: the run tokenizes
+    its data itself). count: how many training pictures to tokenize (null: all); validation_count: the same
+    for the validation split; workers, batch_size: of `tokenize_dataset`."""
 
+    folder: str | None = None
     count: int | None = None
     validation_count: int = 512
     batch_size: int = 128

@@ -76,23 +76,29 @@ def run_lm(chain: Chain) -> None:
 
 def run_drafter(chain: Chain) -> None:
     """Distil the trained language model into a small one."""
+    from lexel.train.codec import complete_lm, load_codec
+
     run, stage = chain.run, chain.run.stages.drafter
     if chain.has_pictures:
         chain.tokenize()
     folder_of_lm = chain.part_folder("lm")
+    codec, lm = load_codec(folder_of_lm), load_lm(folder_of_lm)
+    config = complete_lm(run.drafter, codec)
+    if config.max_length < lm.config.max_length:
+        raise LexelError(
+            f"the drafter has {config.max_length} positions, the language model {lm.config.max_length}; "
+            f"set drafter.max_length={lm.config.max_length}."
+        )
 
     def work(folder: Path) -> dict[str, Any]:
-        from lexel.train.codec import complete_lm, load_codec
         from lexel.train.lm_module import DrafterModule
 
-        codec = load_codec(folder_of_lm)
-        network = _fresh(complete_lm(run.drafter, codec), run.seed, stage.init)
+        network = _fresh(config, run.seed, stage.init)
         objective = run.objective["lm"](codec.vocabulary.modalities)
-        module = DrafterModule(network, load_lm(folder_of_lm), objective, stage, run.seed)
+        module = DrafterModule(network, lm, objective, stage, run.seed)
         return _train_documents(chain, "drafter", module, folder, codec, stage)
 
-    teacher = load_lm(folder_of_lm).fingerprint()
-    inputs = {"network": run.drafter, "objective": run.objective["lm"], "teacher": teacher}
+    inputs = {"network": run.drafter, "objective": run.objective["lm"], "teacher": lm.fingerprint()}
     _stage(chain, "drafter", work, **inputs)
 
 
