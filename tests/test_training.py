@@ -479,6 +479,10 @@ def test_the_whole_chain_runs_and_is_reused(tmp_path: Path) -> None:
     assert not (tmp_path / "given" / "codes").exists()
     weights = [(tmp_path / name / "lm" / "model.safetensors").read_bytes() for name in ("out", "given")]
     assert weights[0] == weights[1]
+    short = ["experiment=quickstart", "debug=fast", "task=drafter", "output=out", "drafter.max_length=40"]
+    refused = _command(*short, folder=tmp_path)
+    assert refused.returncode == 2
+    assert "set drafter.max_length=" in refused.stderr
 
 
 @pytest.mark.slow

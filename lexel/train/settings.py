@@ -168,9 +168,9 @@ class Task:
 
 @dataclass
 class Codes:
-    """folder: codes that `lexel tokenize` wrote, with `train` and `validation` inside (null: the run tokenizes
-    its data itself). count: how many training pictures to tokenize (null: all); validation_count: the same
-    for the validation split; workers, batch_size: of `tokenize_dataset`."""
+    """folder: codes that `lexel tokenize` wrote, with `train` and `validation` inside (null: the run
+    tokenizes its data itself). count: how many training pictures to tokenize (null: all); validation_count:
+    the same for the validation split; workers, batch_size: of `tokenize_dataset`."""
 
     folder: str | None = None
     count: int | None = None
