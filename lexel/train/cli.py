@@ -91,7 +91,7 @@ def _compose_and_run(cfg: DictConfig) -> None:
 def main() -> None:
     """Entry point of the ``lexel-train`` command. A user's mistake is one sentence on the standard error
     stream and exit code 2; with HYDRA_FULL_ERROR=1 it is a traceback."""
-    # Batches of ever new lengths make oneDNN keep up to 1024 kernels: gigabytes on a CPU. Read by torch's import.
+    # Batches of ever new lengths make oneDNN keep up to 1024 kernels, gigabytes; read when torch is imported.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     os.environ[FULL_ERROR] = "1"  # else Hydra prints its own, longer version of an error and exits with 1
     with _user_errors():
