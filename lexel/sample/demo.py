@@ -25,7 +25,7 @@ MOST_PICTURES = 16
 EXAMPLES = (
     "a red circle",
     "a large yellow star",
-    "a blue square left of a green triangle",
+    "a blue triangle left of a green square",
     "a purple ring above an orange heart",
 )
 
