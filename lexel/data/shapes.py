@@ -51,8 +51,9 @@ Kind = Literal["one", "two", "three", "unseen"]
 Pair = tuple[str, str]
 
 PAIRS: tuple[Pair, ...] = tuple((color, shape) for color in COLORS for shape in SHAPES)
-# One pair per colour and per shape: a fixed permutation, neighbours in the lists kept apart.
-UNSEEN_PAIRS: tuple[Pair, ...] = tuple((color, SHAPES[(3 * i + 2) % 8]) for i, color in enumerate(COLORS))
+# One pair per colour and per shape: a permutation that keeps the first prompts people type ("a blue square",
+# "a red circle", "a yellow star") among the seen pairs.
+UNSEEN_PAIRS: tuple[Pair, ...] = tuple((color, SHAPES[(3 * i + 4) % 8]) for i, color in enumerate(COLORS))
 SEEN_PAIRS: tuple[Pair, ...] = tuple(pair for pair in PAIRS if pair not in UNSEEN_PAIRS)
 
 # Quarters: at 32 pixels every cell lies alike on a 4-pixel (or 8-pixel) token grid, so that an object is
