@@ -1,6 +1,7 @@
-"""The `lexel` command: sample, describe, reconstruct, tokenize, evaluate, demo.
+"""The `lexel` command: sample, describe, reconstruct, verify, tokenize, evaluate, demo.
 
-Exit codes: 0 done, 2 the user's to mend (one sentence on stderr, never a traceback), 130 interrupted.
+Exit codes: 0 done, 1 `verify` found a difference, 2 the user's to mend (one sentence on stderr, never a
+traceback), 130 interrupted.
 Heavy libraries load inside the commands, so that `lexel --help` answers at once.
 """
 
@@ -26,14 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. `argv` defaults to the process's arguments."""
     arguments = build_parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except (LexelError, ValueError, OSError) as error:
         print(f"lexel: error: {_sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("lexel: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def _sentence(error: Exception) -> str:
@@ -64,7 +64,7 @@ def _number(
 
 
 def _command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], None], help: str, example: str
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int | None], help: str, example: str
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name,
@@ -148,6 +148,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     for add in (_add_detokenizer, _add_bundle, _add_json):
         add(reconstruct)
+
+    verify = _command(
+        commands, "verify", _verify, "check a published system against its own implementation's numbers",
+        "lexel verify llamagen_vq tests/golden/llamagen_vq",
+    )  # fmt: skip
+    verify.add_argument("system", metavar="SYSTEM", help="e.g. llamagen_vq, titok, flextok")
+    verify.add_argument("folder", type=Path, metavar="FOLDER", help="config.json, io.safetensors and weights")
+    _add_json(verify)
 
     _add_data_commands(commands)
     return parser
@@ -371,6 +379,14 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.json is not None:
         write_json(arguments.json, report)
     print(figures_table(report))
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from lexel.verify import verify
+
+    report = verify(arguments.system, arguments.folder)
+    _show(arguments, report.as_dict(), report.table())
+    return 0 if report.passed else 1
 
 
 def _demo(arguments: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ import json
 import os
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -26,6 +27,7 @@ from lexel.errors import LexelError
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+LISTED = 20  # of the keys that do not fit
 T = TypeVar("T", bound="Pretrained")
 
 
@@ -163,16 +165,24 @@ def load_weights(model: nn.Module, path: Path) -> None:
     except SafetensorError as error:
         raise LexelError(f"{path} is not a readable safetensors file ({error}).") from error
     own = model.state_dict()
-    problems = [f"missing {key}" for key in own if key not in state]
-    problems += [f"unknown {key}" for key in state if key not in own]
-    problems += [
-        f"{key} is {list(state[key].shape)}, expected {list(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    if problems:
-        raise LexelError(f"{path} does not fit its config: {'; '.join(problems[:20])}.")
+    expected = {key: tuple(value.shape) for key, value in own.items()}
+    if problems := mismatches(expected, {key: tuple(value.shape) for key, value in state.items()}):
+        raise LexelError(f"{path} does not fit its config: {problems}.")
     model.load_state_dict({key: value.to(own[key].dtype) for key, value in state.items()})
+
+
+def mismatches(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
+    """What keeps tensors of the `found` names and shapes from filling those `expected`, as a phrase that
+    lists the first twenty; empty when they fit."""
+    problems = [f"missing {key}" for key in expected if key not in found]
+    problems += [f"unknown {key}" for key in found if key not in expected]
+    problems += [
+        f"{key} is {list(found[key])}, expected {list(shape)}"
+        for key, shape in expected.items()
+        if key in found and found[key] != shape
+    ]
+    more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
+    return "; ".join(problems[:LISTED]) + more
 
 
 def _changed(config: Any) -> dict[str, Any]:

@@ -30,6 +30,15 @@ def check_pixels(pixels: Tensor) -> Tensor:
     return pixels
 
 
+def check_video(video: Tensor) -> Tensor:
+    """Return `video` if it is a float ``[b, t, 3, h, w]`` batch in [-1, 1], else raise ValueError."""
+    if video.ndim != 5 or video.shape[2] != 3 or not video.is_floating_point():
+        raise ValueError(
+            f"a video must be float [b, t, 3, h, w] in [-1, 1], got {video.dtype} {tuple(video.shape)}."
+        )
+    return video
+
+
 @dataclass(frozen=True)
 class Codes:
     """Discrete codes of a batch of pictures (or clips, or sounds).
@@ -37,6 +46,7 @@ class Codes:
     indices: long ``[b, n, k]``, k codebooks per position (VQ 1, factorized 2-3, residual depth).
     grid: ``(h, w)`` of raster tokenizers, row-major, ``n == h * w``.
     scales: ``((h, w), ...)`` of multi-scale tokenizers, coarse first, ``n == sum(h * w)``.
+    frames: latent frames of a clip, time before rows and columns: ``n == frames * h * w``.
     lengths: long ``[b]``, codes in use per row for flexible 1D tokenizers; the rest is ignored.
     keep: bool ``[b, n]``, positions kept by a dynamic selector (LaVIT).
     Raises ValueError when a shape or dtype disagrees.
@@ -47,6 +57,7 @@ class Codes:
     scales: tuple[tuple[int, int], ...] | None = None
     lengths: Tensor | None = None
     keep: Tensor | None = None
+    frames: int | None = None
 
     def __post_init__(self) -> None:
         if self.indices.ndim != 3 or self.indices.dtype != torch.long:
@@ -54,10 +65,10 @@ class Codes:
                 f"Codes.indices must be long [b, n, k], got {self.indices.dtype} {tuple(self.indices.shape)}."
             )
         b, n, _ = self.indices.shape
-        if self.grid is not None and self.grid[0] * self.grid[1] != n:
-            raise ValueError(
-                f"Codes.grid {self.grid} holds {self.grid[0] * self.grid[1]} positions, got {n}."
-            )
+        cells = (self.frames or 1) * (self.grid[0] * self.grid[1] if self.grid else 0)
+        if self.grid is not None and cells != n:
+            times = f" times {self.frames} frames" if self.frames else ""
+            raise ValueError(f"Codes.grid {self.grid}{times} holds {cells} positions, got {n}.")
         if self.scales is not None and sum(h * w for h, w in self.scales) != n:
             raise ValueError(f"Codes.scales {self.scales} do not add up to {n} positions.")
         if self.lengths is not None:
@@ -79,6 +90,7 @@ class Codes:
             self.scales,
             None if self.lengths is None else self.lengths[rows],
             None if self.keep is None else self.keep[rows],
+            self.frames,
         )
 
     def to(self, device: torch.device | str) -> Codes:
@@ -89,6 +101,7 @@ class Codes:
             self.scales,
             None if self.lengths is None else self.lengths.to(device),
             None if self.keep is None else self.keep.to(device),
+            self.frames,
         )
 
 

@@ -22,17 +22,19 @@ ALLOWED = {
     "errors": set(),
     "hub": {"errors"},
     "nn": {"types", "errors"},
-    "tokenizers": BASE,
-    "models": BASE,
+    "checkpoints": {"errors", "hub"},
+    "catalog": {"errors", "hub"},
+    "tokenizers": BASE | {"checkpoints", "catalog"},
+    "models": BASE | {"checkpoints", "catalog"},
     "vocabulary": BASE | {"tokenizers.layout"},
     "document": BASE | {"tokenizers.layout", "vocabulary"},
-    "catalog": BASE | {"tokenizers", "models"},
     "data": BASE | {"tokenizers", "vocabulary", "document"},
 }
 ALLOWED["sample"] = ALLOWED["data"] | {"models", "data"}
 ALLOWED["evaluate"] = ALLOWED["sample"] | {"sample"}
 ALLOWED["train"] = ALLOWED["evaluate"] | {"evaluate"}
-ALLOWED["cli"] = ALLOWED["train"] | {"train"}
+ALLOWED["verify"] = ALLOWED["train"] | {"train", "checkpoints", "catalog"}
+ALLOWED["cli"] = ALLOWED["verify"] | {"verify"}
 ALLOWED["conf"] = set()
 ALLOWED["__init__"] = ALLOWED["cli"]
 

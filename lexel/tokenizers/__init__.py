@@ -1,25 +1,32 @@
-"""Tokenizers: pixels to discrete codes and back. One file per published system."""
+"""Tokenizers: pixels to discrete codes and back. One file per published family.
+
+`load_published` is the one door to published weights, `from_pretrained` the one to Lexel's own folders.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from lexel.errors import LexelError
 from lexel.hub import read_config, resolve_folder
 
 if TYPE_CHECKING:
+    from lexel.catalog import Published, System
     from lexel.tokenizers.base import Tokenizer
 
+# model_type → module and class. Imported on use: `import lexel` stays fast.
+CLASSES = {
+    "vq": "vq:VQTokenizer",
+    "factorized": "factorized:FactorizedTokenizer",
+    "flexible": "flexible:FlexibleTokenizer",
+}
+# Modules that hold published systems (`SYSTEMS`).
+FAMILIES = ("vq",)
 
-def _classes() -> dict[str, type[Tokenizer]]:
-    # Imported on use: `import lexel` stays fast.
-    from lexel.tokenizers.factorized import FactorizedTokenizer
-    from lexel.tokenizers.flexible import FlexibleTokenizer
-    from lexel.tokenizers.vq import VQTokenizer
-
-    classes: tuple[type[Tokenizer], ...] = (VQTokenizer, FactorizedTokenizer, FlexibleTokenizer)
-    return {cls.model_type: cls for cls in classes}
+__all__ = ["export_published", "from_pretrained", "list_published", "load_published", "published_systems"]
 
 
 def from_pretrained(name: str | Path) -> Tokenizer:
@@ -27,7 +34,83 @@ def from_pretrained(name: str | Path) -> Tokenizer:
     Raises LexelError for a missing folder or a family this version does not have."""
     folder = resolve_folder(name, "tokenizer")
     family = read_config(folder).get("model_type")
-    classes = _classes()
-    if family not in classes:
-        raise LexelError(f"{folder} holds a {family!r} model; tokenizers are {', '.join(sorted(classes))}.")
-    return classes[family].from_pretrained(folder)
+    if family not in CLASSES:
+        raise LexelError(f"{folder} holds a {family!r} model; tokenizers are {', '.join(sorted(CLASSES))}.")
+    module, cls = CLASSES[family].split(":")
+    return cast("type[Tokenizer]", getattr(import_module(f"lexel.tokenizers.{module}"), cls)).from_pretrained(
+        folder
+    )
+
+
+def published_systems() -> dict[str, System]:
+    """Every published tokenizer architecture by name."""
+    modules = [import_module(f"lexel.tokenizers.{name}") for name in FAMILIES]
+    return {system.name: system for module in modules for system in module.SYSTEMS}
+
+
+def list_published() -> list[Published]:
+    """Every published checkpoint that `load_published` knows, with its figures, licences and source."""
+    return [row for system in published_systems().values() for row in system.rows]
+
+
+def load_published(
+    name: str,
+    path: str | Path | None = None,
+    config: Mapping[str, Any] | None = None,
+    key: str | None = None,
+) -> Tokenizer:
+    """A published tokenizer with its published weights, in eval mode and float32.
+
+    name: of `list_published`. path: a local file or folder in the published layout (None: fetched from the
+    hub). config: hyper-parameters under the reference's own names that differ from the published ones.
+    key: which copy of the weights to read where a file holds several (``"ema"``, ``"model"``, …).
+    Raises LexelError for an unknown name or argument, an unreadable or hostile file, and weights that do not
+    fit, listing the keys.
+    """
+    from lexel.catalog import load_state
+    from lexel.checkpoints import read_checkpoint
+
+    system, row = find_published(name)
+    file = Path(path) if path is not None else _fetch(row)
+    built = system.config(row.arguments, config).build()
+    state = read_checkpoint(file, key=key, nestings=system.nestings, dotless_ema=system.dotless_ema)
+    load_state(built, system, state, file)
+    return built.eval()
+
+
+def export_published(tokenizer: Tokenizer, name: str, path: str | Path) -> None:
+    """Write a tokenizer's weights in the published layout of `name` (see `list_published`), as safetensors or
+    as a torch file by the ending of `path`. Raises LexelError when the tokenizer is of another family."""
+    from lexel.checkpoints import save_checkpoint
+
+    system, row = find_published(name)
+    wanted = type(system.config(row.arguments))
+    if not isinstance(tokenizer.config, wanted):
+        raise LexelError(
+            f"{name} is written from a {wanted.__name__}, not a {type(tokenizer.config).__name__}."
+        )
+    save_checkpoint(system.layouts[0].export(tokenizer), path, system.container)
+
+
+def find_published(name: str) -> tuple[System, Published]:
+    """The system and row of a published checkpoint. Raises LexelError when there is none of that name."""
+    for system in published_systems().values():
+        for row in system.rows:
+            if row.name == name:
+                return system, row
+    known = ", ".join(row.name for row in list_published())
+    raise LexelError(f"there is no published tokenizer {name!r}; there are: {known}.")
+
+
+def _fetch(row: Published) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    if not row.file:
+        return resolve_folder(row.repository, row.name)
+    try:
+        return Path(hf_hub_download(row.repository, row.file))
+    except Exception as error:  # the hub client raises a wide family: offline, not found, gated, bad name
+        raise LexelError(
+            f"{row.name}: {row.file} of {row.repository} could not be fetched ({type(error).__name__}); "
+            "give a local copy as path."
+        ) from error

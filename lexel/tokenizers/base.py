@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lexel.hub import Pretrained
 from lexel.tokenizers.layout import CodeLayout
-from lexel.types import Codes, TokenizerOutput, check_pixels
+from lexel.types import Codes, TokenizerOutput, check_pixels, check_video
 
 
 class Tokenizer(nn.Module, Pretrained, ABC):
@@ -75,3 +75,27 @@ class Tokenizer(nn.Module, Pretrained, ABC):
 
     @abstractmethod
     def _check_size(self, pixels: Tensor) -> None: ...
+
+
+class VideoTokenizer(Tokenizer):
+    """A tokenizer of clips too. `encode` and `decode` handle single pictures, the methods here whole clips;
+    codes of a clip run through time first: ``n = frames * h * w``, `Codes.frames` set."""
+
+    @torch.no_grad()
+    def encode_video(self, video: Tensor) -> Codes:
+        """Float ``[b, t, 3, h, w]`` in [-1, 1] to codes. Raises ValueError on a wrong shape or a number of
+        frames that the network cannot take."""
+        return self._encode_video(check_video(video))
+
+    @torch.no_grad()
+    def decode_video(self, codes: Codes) -> Tensor:
+        """Codes with `frames` to float ``[b, t, 3, h, w]`` in about [-1, 1] (not clamped)."""
+        if codes.frames is None:
+            raise ValueError("these codes are of a picture (Codes.frames is None); use decode.")
+        return self._decode_video(self.embed(codes), codes)
+
+    @abstractmethod
+    def _encode_video(self, video: Tensor) -> Codes: ...
+
+    @abstractmethod
+    def _decode_video(self, latents: Tensor, codes: Codes) -> Tensor: ...

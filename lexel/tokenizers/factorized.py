@@ -106,7 +106,7 @@ class FactorizedTokenizer(RasterTokenizer):
             self.add_module(f"quant_conv_{name}", nn.Conv2d(config.z_channels, config.embed_dim, 1))
             self.add_module(f"quantize_{name}", config.quantizer.build(config.embed_dim))
         self.post_quant_conv = nn.Conv2d(config.branches * config.embed_dim, config.z_channels, 1)
-        self.decoder = Decoder(config.sizes)
+        self.decoder = Decoder(config.decoder_sizes)
 
     def columns(self, branch: str) -> tuple[int, int]:
         """(start, stop) of a branch (`vis`, `sem`, …) in the concatenated latents ``[b, n, k*d]``."""

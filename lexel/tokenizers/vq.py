@@ -8,13 +8,15 @@ b batch · n = h*w positions · k codebooks per position · d latent width · h 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from lexel.catalog import Layout, Published, System
 from lexel.nn.conv import ConvSizes, Decoder, Encoder, PatchEncoder
 from lexel.tokenizers.base import Tokenizer
 from lexel.tokenizers.layout import CodeLayout
@@ -28,8 +30,9 @@ class RasterConfig:
 
     image_size: trained picture side in pixels. A cell covers f = stem * 2^(levels - 1) pixels.
     channels, channel_mult, res_blocks, z_channels, attention, middle, norm_groups, dropout, stem: see
-    `ConvSizes`. embed_dim: width of the latents that are quantized.
-    Raises ValueError when image_size is no multiple of f.
+    `ConvSizes`. embed_dim: width of the latents that are quantized. decoder_mult: the decoder's channel_mult
+    where it is another one.
+    Raises ValueError when image_size is no multiple of f, or encoder and decoder differ in levels.
     """
 
     image_size: int = 256
@@ -44,9 +47,15 @@ class RasterConfig:
     dropout: float = 0.0
     stem: int = 1
     quantizer: QuantizerConfig = field(default_factory=lambda: QuantizerConfig(codebook_size=16384))
+    decoder_mult: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channel_mult", tuple(self.channel_mult))
+        object.__setattr__(self, "decoder_mult", tuple(self.decoder_mult))
+        if self.decoder_mult and len(self.decoder_mult) != len(self.channel_mult):
+            raise ValueError(
+                f"channel_mult {self.channel_mult} and decoder_mult {self.decoder_mult} differ in length."
+            )
         if self.image_size % self.downsampling:
             raise ValueError(
                 f"image_size {self.image_size} is no multiple of the downsampling {self.downsampling} "
@@ -64,8 +73,13 @@ class RasterConfig:
         return (self.image_size // self.downsampling,) * 2
 
     @property
+    def decoder_sizes(self) -> ConvSizes:
+        """Sizes of the convolutional decoder."""
+        return replace(self.sizes, channel_mult=self.decoder_mult or self.channel_mult)
+
+    @property
     def sizes(self) -> ConvSizes:
-        """Sizes of the convolutional encoder and decoder."""
+        """Sizes of the convolutional encoder."""
         return ConvSizes(
             self.channels,
             self.channel_mult,
@@ -160,7 +174,7 @@ class VQTokenizer(RasterTokenizer):
         self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
         self.quantize = config.quantizer.build(config.embed_dim)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
-        self.decoder = Decoder(config.sizes)
+        self.decoder = Decoder(config.decoder_sizes)
 
     def forward(
         self, pixels: Tensor, *, quantize: bool = True, generator: torch.Generator | None = None
@@ -182,3 +196,120 @@ class VQTokenizer(RasterTokenizer):
     def _latents(self, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
         grid = self.quant_conv(self.encoder(pixels))
         return rearrange(grid, "b d h w -> b (h w) d"), (grid.shape[2], grid.shape[3])
+
+
+# Published checkpoints. Their quantizer keeps a usage window of 65,536 codes that inference never reads.
+USAGE_WINDOW = 65536
+LLAMAGEN_LAYOUT = Layout(
+    ignored={r"(.*\.)?freqs_cis": "a table the reference recomputes"},
+    zeros={"quantize.codebook_used": (USAGE_WINDOW,)},
+)
+# transformers' JanusVQVAE: the same tensors under other names (its encoder omits the normalisation).
+JANUS_TRANSFORMERS = Layout(
+    name="transformers",
+    prefix="model.vqmodel.",
+    rules=(
+        (r"^encoder\.conv_blocks\.(\d+)\.res\.", r"encoder.down.\1.block."),
+        (r"^encoder\.conv_blocks\.", "encoder.down."),
+        (r"^decoder\.conv_blocks\.(\d+)\.res\.", r"decoder.up.\1.block."),
+        (r"^decoder\.conv_blocks\.", "decoder.up."),
+        (r"\.mid\.0\.", ".mid.block_1."),
+        (r"\.mid\.1\.", ".mid.attn_1."),
+        (r"\.mid\.2\.", ".mid.block_2."),
+    ),
+)
+LLAMAGEN_ARGUMENTS: dict[str, Any] = {
+    "ch": 128,
+    "num_res_blocks": 2,
+    "encoder_ch_mult": (1, 1, 2, 2, 4),
+    "decoder_ch_mult": (1, 1, 2, 2, 4),
+    "z_channels": 256,
+    "codebook_size": 16384,
+    "codebook_embed_dim": 8,
+    "codebook_l2_norm": True,
+    "commit_loss_beta": 0.25,
+    "entropy_loss_ratio": 0.0,
+    "dropout_p": 0.0,
+    "norm_groups": 32,
+}
+
+
+def raster_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """LlamaGen's arguments as `RasterConfig` options (FQGAN's are the same)."""
+    return {
+        "channels": arguments["ch"],
+        "channel_mult": tuple(arguments["encoder_ch_mult"]),
+        "decoder_mult": tuple(arguments["decoder_ch_mult"]),
+        "res_blocks": arguments["num_res_blocks"],
+        "z_channels": arguments["z_channels"],
+        "embed_dim": arguments["codebook_embed_dim"],
+        "norm_groups": arguments["norm_groups"],
+        "dropout": arguments["dropout_p"],
+        "quantizer": QuantizerConfig(
+            "learned",
+            codebook_size=arguments["codebook_size"],
+            cosine=arguments["codebook_l2_norm"],
+            commitment=arguments["commit_loss_beta"],
+            entropy=arguments["entropy_loss_ratio"],
+        ),
+    }
+
+
+def configure(arguments: Mapping[str, Any]) -> VQTokenizerConfig:
+    """LlamaGen's own arguments → our config. Its network takes pictures of any size; ours is told 256."""
+    return VQTokenizerConfig(**raster_options(arguments))
+
+
+def _row(name: str, file: str, parameters: int, tokens: str, rfid: str, **arguments: Any) -> Published:
+    return Published(
+        name=name,
+        repository="peizesun/llamagen_t2i" if "t2i" in name else "FoundationVision/LlamaGen",
+        file=file,
+        arguments=arguments,
+        parameters=parameters,
+        tokens=tokens,
+        codebook="16384 x 8",
+        code_licence="MIT",
+        weight_licence="MIT",
+        source="arXiv 2406.06525, github.com/FoundationVision/LlamaGen",
+        rfid=rfid,
+    )
+
+
+LLAMAGEN = System(
+    name="llamagen_vq",
+    arguments=LLAMAGEN_ARGUMENTS,
+    configure=configure,
+    layouts=(LLAMAGEN_LAYOUT,),
+    rows=(
+        _row("llamagen-vq-16", "vq_ds16_c2i.pt", 71_883_403, "16x16", "2.19"),
+        _row("llamagen-vq-16-t2i", "vq_ds16_t2i.pt", 71_883_403, "16x16", ""),
+        _row(
+            "llamagen-vq-8", "vq_ds8_c2i.pt", 70_109_835, "32x32", "0.59",
+            encoder_ch_mult=(1, 2, 2, 4), decoder_ch_mult=(1, 2, 2, 4),
+        ),
+    ),
+)  # fmt: skip
+JANUS = System(
+    name="janus_vq",
+    arguments=LLAMAGEN_ARGUMENTS,
+    configure=configure,
+    layouts=(replace(LLAMAGEN_LAYOUT, prefix="gen_vision_model."), JANUS_TRANSFORMERS),
+    container="",
+    rows=(
+        Published(
+            name="janus-vq-16",
+            repository="deepseek-ai/Janus-Pro-7B",
+            file="",
+            arguments={},
+            parameters=71_883_403,
+            tokens="24x24",
+            codebook="16384 x 8",
+            code_licence="MIT",
+            weight_licence="DeepSeek Model License",
+            source="arXiv 2501.17811, github.com/deepseek-ai/Janus",
+            size=384,
+        ),
+    ),
+)
+SYSTEMS = (LLAMAGEN, JANUS)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lexel.tokenizers.quantizers.base import Quantizer
 
-KINDS = ("vq", "fsq", "lfq", "simvq", "residual")
+KINDS = ("vq", "fsq", "lfq", "simvq", "residual", "learned")
 
 
 @dataclass(frozen=True)
@@ -16,16 +16,17 @@ class QuantizerConfig:
     """Names a quantizer of vector-quantize-pytorch and the options of its kind.
 
     kind: `vq` (EMA codebook), `fsq` (finite scalar, 2309.15505), `lfq` (lookup-free, 2310.05737), `simvq`
-    (frozen codebook through a learned map, 2411.02038), `residual` (`depth` EMA codebooks, 2107.03312).
+    (frozen codebook through a learned map, 2411.02038), `residual` (`depth` EMA codebooks, 2107.03312),
+    `learned` (a codebook that gradients train, as in the published LlamaGen, FQGAN and TiTok files).
     codebook_size: codes per codebook (a power of two for `lfq`; `fsq` takes the product of `levels`).
-    cosine: compare directions, not distances (`vq`); latents and codes then have unit length.
-    commitment: weight of the pull of latents towards their codes (`vq`, `residual`, `simvq`, `lfq`).
+    cosine: compare directions, not distances (`vq`, `learned`); latents and codes then have unit length.
+    commitment: weight of the pull of latents towards their codes (all but `fsq`).
     decay: EMA decay of codebooks (`vq`, `residual`).
     dead_below: a code whose EMA count per batch falls below this is moved onto a random latent of the
     batch (`vq`, `residual`); 0 never.
     kmeans_init: start the codebooks from k-means on the first training batch (`vq`, `residual`).
     rotation: rotation trick (2410.06424) in place of the straight-through gradient (`vq`, `simvq`).
-    entropy: weight of LFQ's entropy term; entropy_gamma: weight of its diversity half.
+    entropy: weight of the entropy term (`lfq`, `learned`); entropy_gamma: of its diversity half (`lfq`).
     Raises ValueError on an unknown kind or options that contradict it.
     """
 
@@ -71,7 +72,7 @@ class QuantizerConfig:
     def build(self, dim: int) -> Quantizer:
         """The quantizer for latents of width `dim`."""
         # vector-quantize-pytorch takes over a second to import: only when one is built.
-        from lexel.tokenizers.quantizers import scalar, vector
+        from lexel.tokenizers.quantizers import learned, scalar, vector
 
         kinds: dict[str, Callable[[int, QuantizerConfig], Quantizer]] = {
             "vq": vector.VQ,
@@ -79,5 +80,6 @@ class QuantizerConfig:
             "simvq": vector.Sim,
             "fsq": scalar.FiniteScalar,
             "lfq": scalar.LookupFree,
+            "learned": learned.Learned,
         }
         return kinds[self.kind](dim, self)

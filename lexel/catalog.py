@@ -1,0 +1,170 @@
+"""The vocabulary of published checkpoints: where a file lies, how its tensors are named, what it is.
+
+A *system* is one published architecture with its reference arguments; a *row* (`Published`) is one checkpoint
+of it; a *layout* says under which name a file keeps each of our tensors. The systems themselves stand beside
+their networks, one file per family (`lexel/tokenizers/*.py`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lexel.errors import LexelError
+from lexel.hub import mismatches
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one kind of file names our tensors.
+
+    name: what the layout is called. prefix: stands before every name in the file; keys without it belong to
+    other networks of the file and are not looked at.
+    rules: regular expression and replacement, applied in order to each of our names; the result is the
+    name in the file (without prefix). No rules: the names are the same.
+    ignored: regular expression of file keys that hold nothing of ours, and why; they may be missing.
+    zeros: file keys the reference insists on but inference never reads (usage counters), with their shapes:
+    ignored on reading, written as zeros.
+    pointwise: regular expression of our linear weights ``[o, i]`` that the file keeps as ``[o, i, 1, 1]``.
+    lacks: regular expression of our tensors that such files do not hold at all.
+    """
+
+    name: str = "published"
+    prefix: str = ""
+    rules: tuple[tuple[str, str], ...] = ()
+    ignored: Mapping[str, str] = field(default_factory=dict)
+    zeros: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    pointwise: str = ""
+    lacks: str = ""
+
+    def name_of(self, key: str) -> str:
+        """Our tensor's name in the file."""
+        for pattern, replacement in self.rules:
+            key = re.sub(pattern, replacement, key)
+        return self.prefix + key
+
+    def names(self, model: nn.Module) -> dict[str, str]:
+        """Our name → name in the file, for every tensor of `model` that such a file holds.
+        Raises ValueError when two tensors would share a name: a mistake in the rules."""
+        names = {key: self.name_of(key) for key in model.state_dict() if not _matches(self.lacks, key)}
+        if len(set(names.values())) != len(names):
+            raise ValueError(f"layout {self.name} gives two tensors one name.")
+        return names
+
+    def shapes(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
+        """Name in the file → shape, of every tensor a complete file holds (`zeros` included)."""
+        own = model.state_dict()
+        shapes = {name: self._stored_shape(key, own[key]) for key, name in self.names(model).items()}
+        return shapes | {self.prefix + key: shape for key, shape in self.zeros.items()}
+
+    def is_idle(self, name: str) -> bool:
+        """Whether a file key holds nothing of ours."""
+        if not name.startswith(self.prefix):
+            return True
+        bare = name.removeprefix(self.prefix)
+        return bare in self.zeros or any(re.fullmatch(pattern, bare) for pattern in self.ignored)
+
+    def load(self, model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+        """Fill `model` from a file's tensors, cast to the model's dtype.
+        Raises LexelError that lists missing, unknown and wrongly shaped keys of `source`."""
+        names, own = self.names(model), model.state_dict()
+        expected = {name: self._stored_shape(key, own[key]) for key, name in names.items()}
+        found = {name: tuple(value.shape) for name, value in state.items() if not self.is_idle(name)}
+        if problems := mismatches(expected, found):
+            raise LexelError(f"{source} does not fit ({self.name} layout): {problems}.")
+        ours = {key: state[name].reshape(own[key].shape).to(own[key].dtype) for key, name in names.items()}
+        model.load_state_dict(ours, strict=not self.lacks)
+
+    def export(self, model: nn.Module) -> dict[str, Tensor]:
+        """The model's tensors under the file's names and shapes."""
+        own, names = model.state_dict(), self.names(model)
+        state = {name: own[key].reshape(self._stored_shape(key, own[key])) for key, name in names.items()}
+        return state | {self.prefix + key: torch.zeros(shape) for key, shape in self.zeros.items()}
+
+    def _stored_shape(self, key: str, value: Tensor) -> tuple[int, ...]:
+        return (*value.shape, 1, 1) if _matches(self.pointwise, key) else tuple(value.shape)
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published checkpoint.
+
+    name: what `load_published` calls it. repository, file: where the hub keeps it (an empty file: the
+    repository's own config and weights). arguments: its hyper-parameters under the reference's names, on top
+    of the system's. parameters: counted by building it. tokens: of one picture at `size` pixels.
+    codebook: codes and width. code_licence, weight_licence; source: paper and repository. rfid: the
+    published reconstruction FID on ImageNet 256 ("" where none was stated).
+    """
+
+    name: str
+    repository: str
+    file: str
+    arguments: Mapping[str, Any]
+    parameters: int
+    tokens: str
+    codebook: str
+    code_licence: str
+    weight_licence: str
+    source: str
+    rfid: str = ""
+    size: int = 256
+
+
+@dataclass(frozen=True)
+class System:
+    """One published architecture.
+
+    name: as its fixture folder is called. arguments: the reference's own hyper-parameters with their
+    published defaults. configure: such arguments → our config dataclass, which has `build()`.
+    layouts: of its files; the first is what `export_published` writes. nestings: dictionary keys under which
+    a `.pt` may keep the tensors, tried in this order (a flat file is always accepted); container: the key
+    that `export_published` nests them under ("" for a flat file). dotless_ema: the file holds a second,
+    averaged copy as ``model_ema.<name without dots>`` (SEED-Voken); key "ema" (the default) reads that
+    one, "raw" the other.
+    """
+
+    name: str
+    arguments: Mapping[str, Any]
+    configure: Callable[[Mapping[str, Any]], Any]
+    rows: tuple[Published, ...]
+    layouts: tuple[Layout, ...] = (Layout(),)
+    nestings: tuple[str, ...] = ("ema", "model", "state_dict")
+    container: str = "model"
+    dotless_ema: bool = False
+
+    def config(self, *overrides: Mapping[str, Any] | None) -> Any:
+        """Our config for the reference's defaults with `overrides` on top, later ones winning.
+        Raises LexelError for an argument that the reference does not have or a value it cannot take."""
+        arguments = dict(self.arguments)
+        for override in overrides:
+            if unknown := sorted(set(override or {}) - set(self.arguments)):
+                raise LexelError(
+                    f"{self.name} has no argument {', '.join(unknown)}; it has: "
+                    f"{', '.join(sorted(self.arguments))}."
+                )
+            arguments |= override or {}
+        try:
+            return self.configure(arguments)
+        except (ValueError, TypeError, KeyError) as error:
+            raise LexelError(f"{self.name} cannot be built with these arguments: {error}") from error
+
+    def layout_for(self, model: nn.Module, state: Mapping[str, Any]) -> Layout:
+        """The layout, with or without its prefix, whose names occur most among a file's keys."""
+        options = [*self.layouts, *(replace(layout, prefix="") for layout in self.layouts if layout.prefix)]
+        return max(options, key=lambda layout: sum(name in state for name in layout.names(model).values()))
+
+
+def load_state(model: nn.Module, system: System, state: Mapping[str, Tensor], path: Path | str) -> None:
+    """Fill `model` from the tensors of a file, in whichever of the system's layouts it is written.
+    Raises LexelError as `Layout.load` does."""
+    system.layout_for(model, state).load(model, state, str(path))
+
+
+def _matches(pattern: str, key: str) -> bool:
+    return bool(pattern) and re.search(pattern, key) is not None

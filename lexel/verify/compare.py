@@ -1,0 +1,141 @@
+"""Recomputing every tensor that a fixture records, and saying how far ours are off.
+
+The rule: integers must be identical; a float tensor agrees when max |ours - theirs| <= 1e-4 * max |theirs|
+(for an all-zero tensor, when ours is within 1e-6 of zero). A recorded tensor that is neither an input nor
+recomputed is a failure.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lexel.errors import LexelError
+from lexel.verify.fixture import CONFIG_FILE, IO_FILE, Fixture
+
+RELATIVE = 1e-4
+ZERO = 1e-6
+
+# System → the function that recomputes its recorded tensors: Fixture → name → tensor.
+SYSTEMS = {
+    "llamagen_vq": "vq:llamagen",
+    "janus_vq": "vq:janus",
+}
+Recompute = Callable[[Fixture], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One recorded tensor: `status` is ``equal`` (integers), ``close``, ``input``, ``different`` or
+    ``missing``; absolute and relative are the largest errors (None where nothing was compared);
+    reason: why not, in words."""
+
+    name: str
+    status: str
+    absolute: float | None = None
+    relative: float | None = None
+    reason: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether this tensor speaks for the implementation (or was only an input)."""
+        return self.status in ("equal", "close", "input")
+
+
+@dataclass(frozen=True)
+class Report:
+    """All tensors of a fixture, sub-folders included."""
+
+    system: str
+    folder: str
+    comparisons: tuple[Comparison, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether something was compared and everything agrees."""
+        compared = any(comparison.status != "input" for comparison in self.comparisons)
+        return compared and all(comparison.passed for comparison in self.comparisons)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "system": self.system,
+            "folder": self.folder,
+            "passed": self.passed,
+            "rule": f"integers identical; floats max|a-b| <= {RELATIVE:g} * max|b|",
+            "tensors": [asdict(comparison) for comparison in self.comparisons],
+        }
+
+    def table(self) -> str:
+        """One line per tensor and a verdict."""
+        width = max(len(comparison.name) for comparison in self.comparisons)
+        lines = [f"{'tensor':{width}}  {'max abs':>9}  {'relative':>9}  status"]
+        for one in self.comparisons:
+            numbers = ["" if value is None else f"{value:.2e}" for value in (one.absolute, one.relative)]
+            reason = f": {one.reason}" if one.reason else ""
+            lines.append(f"{one.name:{width}}  {numbers[0]:>9}  {numbers[1]:>9}  {one.status}{reason}")
+        failed = sum(not one.passed for one in self.comparisons)
+        compared = sum(one.status not in ("input", "missing") for one in self.comparisons)
+        verdict = "passed" if self.passed else f"FAILED ({failed} of {len(self.comparisons)})"
+        rule = f"integers identical, floats max|a-b| <= {RELATIVE:g} max|b|"
+        return "\n".join([*lines, f"{self.system}: {compared} tensors compared, {verdict} ({rule})"])
+
+
+def verify(system: str, folder: str | Path) -> Report:
+    """Recompute the fixture in `folder` and in those of its sub-folders that are fixtures.
+    Raises LexelError for an unknown system or a folder that is no fixture."""
+    if system not in SYSTEMS:
+        raise LexelError(f"there is no system {system!r} to verify; there are: {', '.join(sorted(SYSTEMS))}.")
+    folder = Path(folder)
+    inner = sorted(
+        path.parent for path in folder.glob(f"*/{IO_FILE}") if (path.parent / CONFIG_FILE).is_file()
+    )
+    own = [folder] if (folder / IO_FILE).is_file() or not inner else []
+    comparisons: list[Comparison] = []
+    for one in own + inner:
+        prefix = "" if one == folder else f"{one.name}/"
+        comparisons += verify_folder(system, one, prefix)
+    return Report(system, str(folder), tuple(comparisons))
+
+
+def verify_folder(system: str, folder: Path, prefix: str = "") -> list[Comparison]:
+    """The comparisons of one folder, names after `prefix`."""
+    module, function = SYSTEMS[system].split(":")
+    recompute: Recompute = getattr(import_module(f"lexel.verify.{module}"), function)
+    with tempfile.TemporaryDirectory() as scratch:
+        fixture = Fixture(folder, Path(scratch))
+        ours = recompute(fixture)
+    return [
+        compare(prefix + name, ours.get(name), expected, name in fixture.inputs)
+        for name, expected in sorted(fixture.recorded.items())
+    ]
+
+
+def compare(name: str, ours: Tensor | None, expected: Tensor, is_input: bool = False) -> Comparison:
+    """Judge one tensor by the module's rule."""
+    if ours is None:
+        if is_input:
+            return Comparison(name, "input")
+        return Comparison(name, "missing", reason="this version does not recompute it")
+    ours = ours.detach().cpu()
+    if ours.shape != expected.shape and ours.numel() == expected.numel() == 1:
+        ours = ours.reshape(expected.shape)  # a scalar, recorded as [] or [1]
+    if ours.shape != expected.shape:
+        return Comparison(
+            name, "different", reason=f"shape {list(ours.shape)}, recorded {list(expected.shape)}"
+        )
+    if not expected.is_floating_point():
+        wrong = int((ours.long() != expected.long()).sum())
+        reason = f"{wrong} of {expected.numel()} differ" if wrong else ""
+        return Comparison(name, "different" if wrong else "equal", reason=reason)
+    absolute = float((ours.double() - expected.double()).abs().max()) if expected.numel() else 0.0
+    scale = float(expected.double().abs().max()) if expected.numel() else 0.0
+    relative = absolute / scale if scale else None
+    close = relative <= RELATIVE if relative is not None else absolute <= ZERO
+    return Comparison(name, "close" if close else "different", absolute, relative)
