@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from lexel.data import ShapesConfig
+from lexel.tokenizers import from_pretrained, register
 from lexel.tokenizers.base import Tokenizer
 from lexel.tokenizers.layout import CodeLayout
 from lexel.tokenizers.quantizers import QuantizerConfig
@@ -30,6 +31,7 @@ class PatchConfig:
         return PatchTokenizer(self)
 
 
+@register
 class PatchTokenizer(Tokenizer):
     model_type, config_class = "patch", PatchConfig
 
@@ -79,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pixels = ShapesConfig(size=32).build("train")[0].pixels[None]
     codes = tokenizer.encode(pixels)
     tokenizer.save_pretrained(out)
-    same = PatchTokenizer.from_pretrained(out).decode(codes).equal(tokenizer.decode(codes))
+    same = from_pretrained(out).decode(codes).equal(tokenizer.decode(codes))
     print(f"{codes.indices.shape[1]} codes, equal after loading: {same}")
 
 

@@ -1,4 +1,4 @@
-"""The `lexel` command: sample, describe, reconstruct, verify, tokenize, evaluate, demo.
+"""The `lexel` command: sample, describe, reconstruct, published, verify, tokenize, evaluate, demo.
 
 Exit codes: 0 done, 1 `verify` found a difference, 2 the user's to mend (one sentence on stderr, never a
 traceback), 130 interrupted.
@@ -148,6 +148,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     for add in (_add_detokenizer, _add_bundle, _add_json):
         add(reconstruct)
+
+    published = _command(
+        commands, "published", _published, "list the published tokenizers that load by name",
+        "lexel published --json",
+    )  # fmt: skip
+    _add_json(published)
 
     verify = _command(
         commands, "verify", _verify, "check a published system against its own implementation's numbers",
@@ -379,6 +385,15 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.json is not None:
         write_json(arguments.json, report)
     print(figures_table(report))
+
+
+def _published(arguments: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from lexel.tokenizers import list_published, published_table
+
+    rows = list_published()
+    _show(arguments, {"tokenizers": [asdict(row) for row in rows]}, published_table(rows))
 
 
 def _verify(arguments: argparse.Namespace) -> int:

@@ -321,3 +321,19 @@ def test_a_folder_of_another_family_is_refused(tmp_path: Path) -> None:
     config.write_text(config.read_text().replace('"vq"', '"var"', 1))
     with pytest.raises(LexelError, match="'var' model; tokenizers are factorized, flexible, vq"):
         tokenizers.from_pretrained(tmp_path)
+
+
+def test_a_class_of_ones_own_registers_once() -> None:
+    from lexel import tokenizers
+    from lexel.tokenizers.vq import VQTokenizer
+
+    class Own(VQTokenizer):
+        model_type = "own"
+
+    try:
+        assert tokenizers.register(Own) is Own
+        assert tokenizers.register(Own) is Own
+        with pytest.raises(ValueError, match="'vq' is taken"):
+            tokenizers.register(VQTokenizer)
+    finally:
+        tokenizers._REGISTERED.pop("own", None)

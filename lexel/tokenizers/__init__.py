@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -23,23 +23,48 @@ CLASSES = {
     "factorized": "factorized:FactorizedTokenizer",
     "flexible": "flexible:FlexibleTokenizer",
 }
+_REGISTERED: dict[str, type[Tokenizer]] = {}
 # Modules that hold published systems (`SYSTEMS`).
 FAMILIES = ("vq",)
 
-__all__ = ["export_published", "from_pretrained", "list_published", "load_published", "published_systems"]
+__all__ = [
+    "export_published",
+    "find_published",
+    "from_pretrained",
+    "list_published",
+    "load_published",
+    "published_systems",
+    "published_table",
+    "register",
+]
 
 
 def from_pretrained(name: str | Path) -> Tokenizer:
     """Load any tokenizer from a local folder or hub id; its `config.json` names the family.
-    Raises LexelError for a missing folder or a family this version does not have."""
+    Raises LexelError for a missing folder or a family that neither this version nor `register` has."""
     folder = resolve_folder(name, "tokenizer")
     family = read_config(folder).get("model_type")
+    if family in _REGISTERED:
+        return _REGISTERED[family].from_pretrained(folder)
     if family not in CLASSES:
-        raise LexelError(f"{folder} holds a {family!r} model; tokenizers are {', '.join(sorted(CLASSES))}.")
-    module, cls = CLASSES[family].split(":")
-    return cast("type[Tokenizer]", getattr(import_module(f"lexel.tokenizers.{module}"), cls)).from_pretrained(
-        folder
-    )
+        known = ", ".join(sorted({*CLASSES, *_REGISTERED}))
+        raise LexelError(
+            f"{folder} holds a {family!r} model; tokenizers are {known}. For one of your own, import its "
+            "module first and let it call lexel.tokenizers.register."
+        )
+    module, name = CLASSES[family].split(":")
+    cls = cast("type[Tokenizer]", getattr(import_module(f"lexel.tokenizers.{module}"), name))
+    return cls.from_pretrained(folder)
+
+
+def register(cls: type[Tokenizer]) -> type[Tokenizer]:
+    """Class decorator: let `from_pretrained`, and so bundles, load a tokenizer class of your own by its
+    `model_type`. Raises ValueError when another class has that name."""
+    name = cls.model_type
+    if name in CLASSES or _REGISTERED.get(name, cls).__qualname__ != cls.__qualname__:
+        raise ValueError(f"model_type {name!r} is taken; give {cls.__name__} another one.")
+    _REGISTERED[name] = cls
+    return cls
 
 
 def published_systems() -> dict[str, System]:
@@ -51,6 +76,17 @@ def published_systems() -> dict[str, System]:
 def list_published() -> list[Published]:
     """Every published checkpoint that `load_published` knows, with its figures, licences and source."""
     return [row for system in published_systems().values() for row in system.rows]
+
+
+def published_table(rows: Sequence[Published]) -> str:
+    """Markdown: one line per checkpoint."""
+    head = "| name | tokens | codebook | parameters | rFID | code / weights | hub | source |"
+    lines = [
+        f"| {row.name} | {row.tokens} | {row.codebook} | {row.parameters / 1e6:.0f} M | {row.rfid or '–'} "
+        f"| {row.code_licence} / {row.weight_licence} | {row.repository} | {row.source} |"
+        for row in rows
+    ]
+    return "\n".join([head, "|---" * 8 + "|", *lines])
 
 
 def load_published(

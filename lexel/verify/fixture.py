@@ -45,11 +45,12 @@ class Fixture:
         return name in self.recorded
 
     def input(self, name: str) -> Tensor:
-        """The recorded input of that name. Raises LexelError when the fixture has none."""
+        """The recorded input of that name, floats as float32. Raises LexelError when there is none."""
         if name not in self.recorded:
             raise LexelError(f"{self.folder / IO_FILE} records no {name!r}.")
         self.inputs.add(name)
-        return self.recorded[name]
+        value = self.recorded[name]
+        return value.float() if value.is_floating_point() else value
 
     def weights(self) -> Path:
         """The weight file, written by rule into `scratch` where the folder holds none.
