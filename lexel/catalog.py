@@ -8,7 +8,7 @@ their networks, one file per family (`lexel/tokenizers/*.py`).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lexel.checkpoints import read_header, weight_file
 from lexel.errors import LexelError
-from lexel.hub import mismatches
+from lexel.hub import CONFIG_FILE, mismatches, read_config
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,13 @@ class Layout:
     other networks of the file and are not looked at.
     rules: regular expression and replacement, applied in order to each of our names; the result is the
     name in the file (without prefix). No rules: the names are the same.
-    ignored: regular expression of file keys that hold nothing of ours, and why; they may be missing.
+    ignored: regular expression of file keys that hold nothing of ours, and why; they may be missing. (Keys
+    that the model at hand does have are read all the same: optional parts.)
     zeros: file keys the reference insists on but inference never reads (usage counters), with their shapes:
     ignored on reading, written as zeros.
     pointwise: regular expression of our linear weights ``[o, i]`` that the file keeps as ``[o, i, 1, 1]``.
-    lacks: regular expression of our tensors that such files do not hold at all.
+    lacks: regular expression of our tensors that such files do not hold at all (a decoder's); the model is
+    then built without them, see `System.as_stored`, so that nothing is ever drawn by random weights.
     """
 
     name: str = "published"
@@ -75,11 +78,15 @@ class Layout:
         Raises LexelError that lists missing, unknown and wrongly shaped keys of `source`."""
         names, own = self.names(model), model.state_dict()
         expected = {name: self._stored_shape(key, own[key]) for key, name in names.items()}
-        found = {name: tuple(value.shape) for name, value in state.items() if not self.is_idle(name)}
+        found = {
+            name: tuple(value.shape)
+            for name, value in state.items()
+            if name in expected or not self.is_idle(name)
+        }
         if problems := mismatches(expected, found):
             raise LexelError(f"{source} does not fit ({self.name} layout): {problems}.")
         ours = {key: state[name].reshape(own[key].shape).to(own[key].dtype) for key, name in names.items()}
-        model.load_state_dict(ours, strict=not self.lacks)
+        model.load_state_dict(ours)
 
     def export(self, model: nn.Module) -> dict[str, Tensor]:
         """The model's tensors under the file's names and shapes."""
@@ -99,7 +106,8 @@ class Published:
     repository's own config and weights). arguments: its hyper-parameters under the reference's names, on top
     of the system's. parameters: counted by building it. tokens: of one picture at `size` pixels.
     codebook: codes and width. code_licence, weight_licence; source: paper and repository. rfid: the
-    published reconstruction FID on ImageNet 256 ("" where none was stated).
+    published reconstruction FID on ImageNet 256; psnr: the published PSNR in dB and of which pictures (""
+    where none was stated).
     """
 
     name: str
@@ -114,6 +122,7 @@ class Published:
     source: str
     rfid: str = ""
     size: int = 256
+    psnr: str = ""
 
 
 @dataclass(frozen=True)
@@ -124,9 +133,12 @@ class System:
     published defaults. configure: such arguments → our config dataclass, which has `build()`.
     layouts: of its files; the first is what `export_published` writes. nestings: dictionary keys under which
     a `.pt` may keep the tensors, tried in this order (a flat file is always accepted); container: the key
-    that `export_published` nests them under ("" for a flat file). dotless_ema: the file holds a second,
-    averaged copy as ``model_ema.<name without dots>`` (SEED-Voken); key "ema" (the default) reads that
-    one, "raw" the other.
+    that `export_published` nests them under ("" for a flat file). as_stored: our config and a file's keys →
+    the config of what the file holds, for parts that some files lack. flatten: a config in the reference's
+    own nesting → its arguments; reads_config: the `config.json` beside a folder's weights, or else the header
+    of a safetensors file, is such a config, which is read, as data, on top of the row's arguments.
+    dotless_ema: the file holds a second, averaged copy as ``model_ema.<name without dots>`` (SEED-Voken); key
+    "ema" (the default) reads that one, "raw" the other.
     """
 
     name: str
@@ -137,22 +149,45 @@ class System:
     nestings: tuple[str, ...] = ("ema", "model", "state_dict")
     container: str = "model"
     dotless_ema: bool = False
+    as_stored: Callable[[Any, Container[str]], Any] = lambda config, names: config
+    flatten: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
+    reads_config: bool = False
+
+    def known(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What a reference's config file says of the network; the rest of it (data, training) is left out."""
+        return {name: value for name, value in self._flat(config).items() if name in self.arguments}
+
+    def stored_config(self, path: Path) -> dict[str, Any]:
+        """The arguments that lie beside the weights of the folder `path`, or in the header of its safetensors
+        file; empty without them. Raises LexelError when the config cannot be read."""
+        if not self.reads_config:
+            return {}
+        if (path / CONFIG_FILE).is_file():
+            return self.known(read_config(path))
+        header = read_header(weight_file(path))
+        return self.known(header) if header else {}
 
     def config(self, *overrides: Mapping[str, Any] | None) -> Any:
         """Our config for the reference's defaults with `overrides` on top, later ones winning.
         Raises LexelError for an argument that the reference does not have or a value it cannot take."""
         arguments = dict(self.arguments)
-        for override in overrides:
-            if unknown := sorted(set(override or {}) - set(self.arguments)):
+        for override in (self._flat(override or {}) for override in overrides):
+            if unknown := sorted(set(override) - set(self.arguments)):
                 raise LexelError(
                     f"{self.name} has no argument {', '.join(unknown)}; it has: "
                     f"{', '.join(sorted(self.arguments))}."
                 )
-            arguments |= override or {}
+            arguments |= override
         try:
             return self.configure(arguments)
         except (ValueError, TypeError, KeyError) as error:
             raise LexelError(f"{self.name} cannot be built with these arguments: {error}") from error
+
+    def _flat(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        try:
+            return dict(self.flatten(config))
+        except (AttributeError, TypeError, KeyError, ValueError) as error:
+            raise LexelError(f"{self.name}: this is no config of the reference's: {error}") from error
 
     def layout_for(self, model: nn.Module, state: Mapping[str, Any]) -> Layout:
         """The layout, with or without its prefix, whose names occur most among a file's keys."""

@@ -7,6 +7,7 @@ Nothing is ever unpickled beyond tensors and plain containers. Handles nesting (
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import pickle
 import warnings
@@ -15,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lexel.errors import LexelError
 from lexel.hub import write_atomically
 
-WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".th")
 # What a folder's weight file is called, most likely first.
 FOLDER_NAMES = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
 WRAPPERS = ("module.", "_orig_mod.")
@@ -45,12 +46,23 @@ def read_checkpoint(
     Raises LexelError for a missing, truncated, unreadable or hostile file, a key that is not there, and an
     entry that is no tensor, naming it.
     """
+    return read_copy(path, key=key, nestings=nestings, dotless_ema=dotless_ema)[0]
+
+
+def read_copy(
+    path: str | Path, *, key: str | None, nestings: Sequence[str], dotless_ema: bool
+) -> tuple[dict[str, Tensor], str]:
+    """As `read_checkpoint`, and in words which of a file's copies of the weights these are."""
     path = weight_file(Path(path).expanduser())
     content: Any = read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     half = key in ("ema", "raw") and dotless_ema
-    state = _tensors(_unnest(content, None if half else key, nestings, path), path)
-    state = _unwrap(state)
-    return _choose_ema(state, key, path) if dotless_ema else state
+    nested, name = _unnest(content, None if half else key, nestings, path)
+    state = _unwrap(_tensors(nested, path))
+    copy = f"under {name!r}" if name else "at the top"
+    if not dotless_ema:
+        return state, copy
+    averaged = key != "raw" and any(name.startswith(EMA_PREFIX) for name in state)
+    return _choose_ema(state, key, path), f"{copy}, {'averaged (EMA)' if averaged else 'raw'}"
 
 
 def weight_file(path: Path) -> Path:
@@ -79,8 +91,28 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise LexelError(f"{path} is not a readable safetensors file ({error}).") from error
 
 
+def read_header(path: Path) -> dict[str, Any]:
+    """What the header of a safetensors file says beside its tensors: strings, read as Python literals where
+    they are ones (never evaluated). Empty for another or a damaged file."""
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            header = dict(file.metadata() or {})
+    except (SafetensorError, OSError):
+        return {}
+    return {name: _literal(text) for name, text in header.items() if name != "format"}
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
 def save_checkpoint(state: Mapping[str, Tensor], path: str | Path, container: str = "") -> None:
-    """Write tensors as safetensors, or (``.pt``, ``.pth``, ``.bin``, ``.ckpt``) as a torch file nested under
+    """Write tensors as safetensors, or (any other of `WEIGHT_SUFFIXES`) as a torch file nested under
     `container`. Raises LexelError for another ending or when the system refuses."""
     path = Path(path)
     if path.suffix not in WEIGHT_SUFFIXES:
@@ -90,6 +122,14 @@ def save_checkpoint(state: Mapping[str, Tensor], path: str | Path, container: st
         write_atomically(path, lambda target: save_file(plain, target, metadata={"format": "pt"}))
     else:
         write_atomically(path, lambda target: torch.save({container: plain} if container else plain, target))
+
+
+def dotless_copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The averaged copy that a file with `dotless_ema` keeps beside `state`: the same values, and
+    its counters."""
+    copy = {EMA_PREFIX + name.replace(".", ""): value for name, value in state.items()}
+    counters = {"decay": torch.tensor(0.999), "num_updates": torch.tensor(-1, dtype=torch.int)}
+    return copy | {EMA_PREFIX + name: value for name, value in counters.items()}
 
 
 def _read_torch(path: Path) -> Any:
@@ -128,7 +168,10 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     return state
 
 
-def _unnest(content: Any, key: str | None, nestings: Sequence[str], path: Path) -> Mapping[Any, Any]:
+def _unnest(
+    content: Any, key: str | None, nestings: Sequence[str], path: Path
+) -> tuple[Mapping[Any, Any], str]:
+    """The entries that hold the tensors, and the key they stand under ("" for a flat file)."""
     if not isinstance(content, Mapping):
         raise LexelError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors.")
     nested = [str(name) for name, value in content.items() if isinstance(value, Mapping)]
@@ -136,12 +179,12 @@ def _unnest(content: Any, key: str | None, nestings: Sequence[str], path: Path) 
         if key not in nested:
             there = ", ".join(nested) or "none: it is flat"
             raise LexelError(f"{path} has no entry {key!r}; entries that hold tensors: {there}.")
-        return content[key]
+        return content[key], key
     for name in nestings:
         if name in nested:
-            return content[name]
+            return content[name], name
     if any(isinstance(value, Tensor) for value in content.values()):
-        return content
+        return content, ""
     raise LexelError(
         f"{path} holds no tensors under {', '.join(nestings)} or at the top; it has: "
         f"{', '.join(map(str, list(content)[:10])) or 'nothing'}."

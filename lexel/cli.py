@@ -1,7 +1,7 @@
 """The `lexel` command: sample, describe, reconstruct, published, verify, tokenize, evaluate, demo.
 
-Exit codes: 0 done, 1 `verify` found a difference, 2 the user's to mend (one sentence on stderr, never a
-traceback), 130 interrupted.
+Exit codes: 0 done, 1 `verify` found something that does not fit, 2 the user's to mend (one sentence on
+stderr, never a traceback), 130 interrupted.
 Heavy libraries load inside the commands, so that `lexel --help` answers at once.
 """
 
@@ -19,6 +19,8 @@ from lexel.errors import LexelError
 
 if TYPE_CHECKING:
     from lexel.sample.pipeline import Pipeline
+    from lexel.tokenizers.base import Tokenizer
+    from lexel.types import Codes
 
 SHAPES = "shapes"
 
@@ -61,6 +63,17 @@ def _number(
 
     parse.__name__ = "number"
     return parse
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    """An argparse type: numbers from 1, separated by commas."""
+    try:
+        counts = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        counts = ()
+    if not counts or min(counts) < 1:
+        raise argparse.ArgumentTypeError(f"must be numbers from 1 like 1,4,16, got {text!r}")
+    return counts
 
 
 def _command(
@@ -138,11 +151,33 @@ def build_parser() -> argparse.ArgumentParser:
 
     reconstruct = _command(
         commands, "reconstruct", _reconstruct, "send a picture through its tokens and back",
-        "lexel reconstruct photo.png --out photo-tokens.png",
+        "lexel reconstruct photo.png --out photo-tokens.png\n"
+        "  lexel reconstruct photo.png --tokenizer outputs/flexible/tokenizer --tokens 1,4,16,64",
     )  # fmt: skip
     reconstruct.add_argument("picture", type=Path, metavar="PICTURE")
-    reconstruct.add_argument("--length", type=_number(1), help="tokens to keep (flexible tokenizers only)")
-    reconstruct.add_argument("--out", type=Path, metavar="FILE", help="default: PICTURE-reconstructed.png")
+    reconstruct.add_argument(
+        "--tokenizer",
+        metavar="NAME_OR_DIR",
+        help="published name, tokenizer or bundle folder, hub id, or name within --bundle "
+        "(default: the bundle's own)",
+    )
+    reconstruct.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="local file of a published name (default: the hub's)"
+    )
+    reconstruct.add_argument(
+        "--config", type=Path, metavar="JSON", help="hyper-parameters that differ from the published ones"
+    )
+    counts = reconstruct.add_mutually_exclusive_group()
+    counts.add_argument("--length", type=_number(1), help="tokens to keep (flexible tokenizers only)")
+    counts.add_argument(
+        "--tokens",
+        type=_counts,
+        metavar="N,N,…",
+        help="write a strip: the original, then the picture from that many tokens, for each number",
+    )
+    reconstruct.add_argument(
+        "--out", type=Path, metavar="FILE", help="default: PICTURE-reconstructed.png, PICTURE-strip.png"
+    )
     reconstruct.add_argument(
         "--seed", type=_number(0), default=0, help="of the detokenizer's noise (default: 0)"
     )
@@ -157,10 +192,28 @@ def build_parser() -> argparse.ArgumentParser:
 
     verify = _command(
         commands, "verify", _verify, "check a published system against its own implementation's numbers",
-        "lexel verify llamagen_vq tests/golden/llamagen_vq",
+        "lexel verify llamagen_vq tests/golden/llamagen_vq\n"
+        "  lexel verify llamagen_vq --checkpoint vq_ds16_c2i.pt --name llamagen-vq-16",
     )  # fmt: skip
     verify.add_argument("system", metavar="SYSTEM", help="e.g. llamagen_vq, titok, flextok")
-    verify.add_argument("folder", type=Path, metavar="FOLDER", help="config.json, io.safetensors and weights")
+    verify.add_argument(
+        "folder",
+        type=Path,
+        metavar="FOLDER",
+        nargs="?",
+        help="recorded numbers: config.json, io.safetensors and weights",
+    )
+    verify.add_argument("--checkpoint", type=Path, metavar="FILE", help="try this downloaded file instead")
+    verify.add_argument("--name", metavar="ROW", help="which published checkpoint it is (`lexel published`)")
+    verify.add_argument(
+        "--key", help="the file's copy of the weights to read, e.g. ema (default: as published)"
+    )
+    verify.add_argument(
+        "--config", type=Path, metavar="JSON", help="hyper-parameters that differ from the published ones"
+    )
+    verify.add_argument(
+        "--size", type=_number(1), help="side of the test pictures (default: the tokenizer's, at most 256)"
+    )
     _add_json(verify)
 
     _add_data_commands(commands)
@@ -175,7 +228,9 @@ def _add_data_commands(commands: Any) -> None:
     tokenize.add_argument("data", metavar="DATA", help="folder of pictures or of .tar shards, or 'shapes'")
     tokenize.add_argument("--out", type=Path, required=True, metavar="SHARDS", help="folder for the codes")
     tokenize.add_argument(
-        "--tokenizer", metavar="DIR", help="tokenizer or bundle folder, or hub id (default: the shipped one)"
+        "--tokenizer",
+        metavar="NAME_OR_DIR",
+        help="published name, tokenizer or bundle folder, or hub id (default: the shipped one)",
     )
     tokenize.add_argument("--split", choices=("all", "train", "validation"), default="all")
     tokenize.add_argument("--batch-size", type=_number(1), default=64)
@@ -234,11 +289,16 @@ def _load(arguments: argparse.Namespace) -> Pipeline:
 
 
 def _save_picture(pixels: Any, path: Path) -> None:
-    """Write a PNG, whole or not at all."""
+    """Write pixels as a PNG, whole or not at all."""
     from lexel.data.images import to_image
+
+    _write_png(to_image(pixels), path)
+
+
+def _write_png(picture: Any, path: Path) -> None:
     from lexel.hub import write_atomically
 
-    write_atomically(path, lambda temporary: to_image(pixels).save(temporary, format="PNG"))
+    write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
 
 
 def _show(arguments: argparse.Namespace, values: dict[str, Any], text: str) -> None:
@@ -289,24 +349,54 @@ def _describe(arguments: argparse.Namespace) -> None:
 
 
 def _reconstruct(arguments: argparse.Namespace) -> None:
+    from lexel.data.images import read_pixels
     from lexel.evaluate.metrics import psnr
+    from lexel.sample.reconstruct import picture_strip, reconstruct, token_count
 
+    tokenizer, decode = _tokenizer_and_decoder(arguments)
+    pixels = read_pixels(arguments.picture, tokenizer.image_size)
+    shown = []
+    for count in arguments.tokens or [arguments.length]:
+        picture, codes = reconstruct(tokenizer, pixels, count, decode)
+        shown.append((picture, token_count(codes), float(psnr(picture[None], pixels[None])[0])))
+    kind = "strip" if arguments.tokens else "reconstructed"
+    path = arguments.out or arguments.picture.with_name(f"{arguments.picture.stem}-{kind}.png")
+    results = [{"tokens": tokens, "psnr": decibels} for _, tokens, decibels in shown]
+    lines = [f"{tokens} token{'s' * (tokens != 1)}, {decibels:.1f} dB" for _, tokens, decibels in shown]
+    if arguments.tokens:
+        labels = ["original", *(line.replace(", ", "\n") for line in lines)]
+        _write_png(picture_strip([pixels, *(picture for picture, _, _ in shown)], labels), path)
+        values = {"strip": str(path), "reconstructions": results}
+        _show(arguments, values, "\n".join([f"{path}:", *lines]))
+    else:
+        _save_picture(shown[0][0], path)
+        _show(arguments, {"picture": str(path), **results[0]}, f"{path}: {lines[0]}")
+
+
+def _tokenizer_and_decoder(arguments: argparse.Namespace) -> tuple[Tokenizer, Callable[[Codes], Any] | None]:
+    """The tokenizer that is asked for, and the bundle's generative decoder where that is."""
+    import torch
+
+    from lexel.sample.bundle import load_tokenizer_of, read_json
+
+    device = _device(arguments.device)
+    if not arguments.detokenizer:
+        tokenizer = load_tokenizer_of(
+            arguments.tokenizer,
+            bundle=arguments.bundle,
+            checkpoint=arguments.checkpoint,
+            config=read_json(arguments.config) if arguments.config else None,
+        )
+        return tokenizer.to(device), None
+    if arguments.tokenizer or arguments.checkpoint:
+        raise LexelError("--detokenizer knows the bundle's own tokenizer only; leave --tokenizer out.")
     pipe = _load(arguments)
-    pixels = pipe.read_picture(arguments.picture)
-    picture = pipe.reconstruct(
-        pixels,
-        arguments.length,
-        detokenizer=arguments.detokenizer,
-        steps=arguments.steps,
-        seed=arguments.seed,
-    )
-    source = arguments.picture
-    path = arguments.out or source.with_name(f"{source.stem}-reconstructed.png")
-    _save_picture(picture, path)
-    decibels = float(psnr(picture[None], pixels[None])[0])
-    tokens = arguments.length or pipe.tokenizer.layout.positions
-    values = {"picture": str(path), "tokens": tokens, "psnr": decibels}
-    _show(arguments, values, f"{path}: {tokens} tokens, {decibels:.1f} dB")
+
+    def decode(codes: Codes) -> Any:
+        generator = torch.Generator(device).manual_seed(arguments.seed)
+        return pipe.decode(codes, detokenizer=True, steps=arguments.steps, generator=generator)
+
+    return pipe.tokenizer, decode
 
 
 def data_config(name: str, size: tuple[int, int]) -> Any:
@@ -397,9 +487,22 @@ def _published(arguments: argparse.Namespace) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from lexel.verify import verify
+    from lexel.sample.bundle import read_json
+    from lexel.verify import verify, verify_checkpoint
 
-    report = verify(arguments.system, arguments.folder)
+    options = (arguments.name, arguments.key, arguments.config, arguments.size)
+    if (arguments.folder is None) == (arguments.checkpoint is None):
+        raise LexelError("give either a FOLDER of recorded numbers or --checkpoint FILE.")
+    if arguments.folder is not None and any(options):
+        raise LexelError("--name, --key, --config and --size belong to --checkpoint.")
+    report: Any
+    if arguments.folder is not None:
+        report = verify(arguments.system, arguments.folder)
+    else:
+        config = read_json(arguments.config) if arguments.config else None
+        report = verify_checkpoint(
+            arguments.system, arguments.checkpoint, arguments.name, config, arguments.key, arguments.size
+        )
     _show(arguments, report.as_dict(), report.table())
     return 0 if report.passed else 1
 

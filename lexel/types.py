@@ -122,12 +122,14 @@ class QuantizerOutput:
 @dataclass(frozen=True)
 class TokenizerOutput:
     """What a tokenizer's training forward returns: reconstruction ``[b, 3, h, w]`` in about
-    [-1, 1], the codes, the quantizer's output and the encoder's latents ``[b, n, d]``."""
+    [-1, 1], the codes, the quantizer's output and the encoder's latents ``[b, n, d]``; features: by branch
+    of the tokenizer, tokens ``[b, l, f]`` whose first one a teacher supervises (empty where none does)."""
 
     reconstruction: Tensor
     codes: Codes
     quantizer: QuantizerOutput
     latents: Tensor
+    features: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -55,14 +55,22 @@ def build_tiny_pipeline(family: str = "vq", *, seed: int = 0) -> Pipeline:
 
 def _tiny_tokenizer_config(family: str) -> Any:
     from lexel.tokenizers.factorized import FactorizedTokenizerConfig
-    from lexel.tokenizers.flexible import FlexibleTokenizerConfig
     from lexel.tokenizers.quantizers import QuantizerConfig
+    from lexel.tokenizers.titok import TiTokConfig
     from lexel.tokenizers.vq import VQTokenizerConfig
 
     small = QuantizerConfig(codebook_size=16)
     if family == "flexible":
-        return FlexibleTokenizerConfig(
-            image_size=32, patch=8, latents=6, width=32, layers=1, heads=2, token_size=4, quantizer=small
+        return TiTokConfig(
+            image_size=32,
+            patch=8,
+            latents=6,
+            width=32,
+            layers=1,
+            heads=2,
+            token_size=4,
+            quantizer=small,
+            tail_drop="batch",
         )
     raster: dict[str, Any] = {
         "image_size": 32, "channels": 8, "channel_mult": (1, 1), "res_blocks": 1, "z_channels": 8,

@@ -23,7 +23,7 @@ ALLOWED = {
     "hub": {"errors"},
     "nn": {"types", "errors"},
     "checkpoints": {"errors", "hub"},
-    "catalog": {"errors", "hub"},
+    "catalog": {"errors", "hub", "checkpoints"},
     "tokenizers": BASE | {"checkpoints", "catalog"},
     "models": BASE | {"checkpoints", "catalog"},
     "vocabulary": BASE | {"tokenizers.layout"},

@@ -121,10 +121,10 @@ class TestHelp:
             main([command, "--help"])
         assert done.value.code == 0
         text = capsys.readouterr().out
-        example = text.split("example:\n")[1].strip()
-        words = shlex.split(example)
-        assert words[:2] == ["lexel", command]
-        build_parser().parse_args(words[1:])
+        for example in text.split("example:\n")[1].strip().splitlines():
+            words = shlex.split(example)
+            assert words[:2] == ["lexel", command]
+            build_parser().parse_args(words[1:])
 
     def test_wrong_arguments_exit_with_2(self, capsys):
         for arguments in (

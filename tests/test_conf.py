@@ -44,7 +44,7 @@ def _compose(*overrides: str) -> DictConfig:
 
 
 def _overrides(group: str, choice: str, folder: Path) -> list[str]:
-    needs_root = (group == "data" and choice != "shapes") or (group, choice) == ("experiment", "emoji")
+    needs_root = OmegaConf.is_missing(_compose(f"{group}={choice}").data, "root")
     return [f"{group}={choice}", *([f"data.root={folder}"] if needs_root else [])]
 
 

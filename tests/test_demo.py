@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import build_tiny_pipeline
 from PIL import Image as PictureFile
 
 from lexel.data.images import to_image
@@ -27,6 +29,7 @@ client = Client(url, verbose=False)
 gallery, tokens, line = client.predict("a red circle", 2, 5, 0.6, 1.5, "nested", False, api_name="/draw")
 again = client.predict("a red circle", 2, 5, 0.6, 1.5, "nested", False, api_name="/draw")[0]
 seen, rebuilt, codes = client.predict(handle_file(picture), 16, False, api_name="/reconstruct")
+other = client.predict(handle_file(picture), 2, False, "short", api_name="/reconstruct")[1]
 caption, _, described = client.predict(handle_file(picture), 0, 0, "jacobi", api_name="/describe")
 try:
     client.predict("  ", 1, 0, 1.0, 1.0, "plain", False, api_name="/draw")
@@ -35,7 +38,7 @@ except Exception as error:
     refusal = str(error)
 print(json.dumps({
     "gallery": [x["image"] for x in gallery], "again": [x["image"] for x in again], "tokens": tokens,
-    "line": line, "seen": seen, "rebuilt": rebuilt, "codes": codes, "caption": caption,
+    "line": line, "seen": seen, "rebuilt": rebuilt, "codes": codes, "other": other, "caption": caption,
     "described": described, "refusal": refusal,
 }))
 """
@@ -46,11 +49,19 @@ def read(path: str) -> np.ndarray:
 
 
 @pytest.fixture
-def server(tiny_bundle: Path):
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """The tiny bundle with a second tokenizer, of up to 6 tokens, called "short"."""
+    folder = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    build_tiny_pipeline("flexible").tokenizer.save_pretrained(folder / "tokenizers" / "short")
+    return folder
+
+
+@pytest.fixture
+def server(bundle: Path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "lexel.cli", "demo", "--bundle", str(tiny_bundle), "--port", str(port)]
+    command = [sys.executable, "-m", "lexel.cli", "demo", "--bundle", str(bundle), "--port", str(port)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:  # blocks until the page is up, ends when the process dies
             if f":{port}" in line:
@@ -89,6 +100,9 @@ def test_page_draws_describes_and_reconstructs(server: str, tiny_pipeline, tmp_p
     assert (read(answer["seen"]) == np.asarray(enlarged(to_image(seen)))).all()
     rebuilt = tiny_pipeline.reconstruct(seen)
     assert (read(answer["rebuilt"]) == np.asarray(enlarged(to_image(rebuilt)))).all()
+    short = build_tiny_pipeline("flexible").tokenizer
+    rebuilt = short.decode(short.encode(seen[None], 2))[0]
+    assert (read(answer["other"]) == np.asarray(enlarged(to_image(rebuilt)))).all()
     assert answer["caption"] == tiny_pipeline.describe(seen, decoding="plain")
     assert "Write what to draw" in answer["refusal"]
 
@@ -114,3 +128,15 @@ def test_unused_places_of_a_short_line_are_grey():
     picture = np.asarray(tokens_picture(codes, (8,)))
     assert (picture[-1, -1] == 128).all()
     assert not (picture[0, 0] == 128).all()
+
+
+def test_each_tokenizer_of_a_bundle_has_its_own_number_of_tokens(bundle: Path):
+    from lexel.sample.demo import OWN, _Actions
+    from lexel.sample.pipeline import Pipeline
+
+    actions = _Actions(Pipeline.from_pretrained(bundle))
+    assert list(actions.tokenizers) == [OWN, "short"]
+    length, detokenizer = actions.choose("short")
+    assert (length.maximum, length.value, length.visible, detokenizer.visible) == (6, 6, True, False)
+    length, detokenizer = actions.choose(OWN)
+    assert (length.maximum, length.visible, detokenizer.visible) == (16, False, True)

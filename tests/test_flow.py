@@ -5,7 +5,8 @@ import torch
 
 from lexel.errors import LexelError
 from lexel.models.detokenizers import from_pretrained
-from lexel.models.detokenizers.flow import FlowDetokenizer, FlowDetokenizerConfig, integrate
+from lexel.models.detokenizers.flow import FlowDetokenizer, FlowDetokenizerConfig
+from lexel.nn.flow import integrate
 from lexel.types import Codes
 
 SIZES = {"patch": 2, "channels": (8, 16), "condition_dim": 16, "image_size": (16, 16)}
@@ -64,6 +65,15 @@ def test_the_solver_takes_equal_steps_from_one_to_zero():
     assert end.unique().tolist() == [-1.0]
     with pytest.raises(ValueError, match="steps"):
         integrate(velocity, torch.zeros(1, 3, 2, 2), 0)
+
+
+@pytest.mark.parametrize("steps", [3, 7, 20, 23])
+def test_the_times_of_the_steps_are_exact_quotients(steps):
+    """To the last digit of a float: FlexTok's time embedding multiplies times by up to 1000."""
+    times = []
+    integrate(lambda x, t: times.append(t) or x, torch.zeros(1, 3, 2, 2), steps)
+    expected = [step / steps for step in range(steps, 0, -1)]
+    assert torch.equal(torch.tensor(times), torch.tensor(expected))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

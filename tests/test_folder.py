@@ -156,3 +156,29 @@ def test_a_data_set_travels_to_spawned_workers(flawed):
     dataset = FolderConfig(str(flawed), 8, validation_share=0).build("train")
     again = ForkingPickler.loads(ForkingPickler.dumps(dataset))
     assert again[1].pixels.equal(dataset[1].pixels)
+
+
+def test_training_draws_are_varied_and_resume_alike(tmp_path):
+    from torch.utils.data import Subset
+
+    from lexel.data.sampler import Draw, DrawnDataset
+    from lexel.train.chain import Remembering
+
+    save_pictures(tmp_path, ["a.png", "b.png"])
+    config = FolderConfig(str(tmp_path), 8, validation_share=0, crop=0.5, flip=True)
+    assert config.varies
+    assert not FolderConfig(str(tmp_path)).varies
+    source = config.build("train")
+    for held in (source, Subset(source, range(1))):  # `examples=1`
+        drawn = DrawnDataset(Remembering(held, 10**6), seed=3)
+        one, two = (drawn[Draw(0, counter)].pixels for counter in (5, 6))
+        assert (drawn[Draw(0, 5)].pixels == one).all()
+        assert (one != two).any()
+        assert drawn[Draw(0, 5)].key == "a.png"
+    assert (DrawnDataset(source)[Draw(1, 5)].pixels == source[1].pixels).all()
+
+
+@pytest.mark.parametrize("crop", [0.0, 1.5])
+def test_an_impossible_crop_is_refused(tmp_path, crop):
+    with pytest.raises(ValueError, match="crop must be a share"):
+        FolderConfig(str(tmp_path), crop=crop)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lexel.data.images import load_image, read_pixels, to_image, to_pixels, verify_image
+from lexel.data.images import load_image, read_pixels, to_image, to_pixels, varied_pixels, verify_image
 from lexel.errors import LexelError
 
 
@@ -101,3 +101,46 @@ def test_missing_files_and_folders_are_named(tmp_path):
         load_image(tmp_path / "nothing.png")
     with pytest.raises(LexelError, match="is a folder"):
         read_pixels(tmp_path, 8)
+
+
+class TestVariation:
+    """Random crops of training pictures."""
+
+    def ramp(self, height, width):
+        """Red grows to the right, green downwards, so that a crop tells where it was taken."""
+        rows, columns = np.mgrid[0:height, 0:width]
+        layers = [columns * 255 // (width - 1), rows * 255 // (height - 1), np.zeros_like(rows)]
+        return Image.fromarray(np.stack(layers, -1).astype(np.uint8))
+
+    def test_a_seed_is_a_variation_and_seeds_differ(self):
+        image = noise(80, 100)
+        first = varied_pixels(image, 32, 0.5, True, 1)
+        assert torch.equal(first, varied_pixels(image, 32, 0.5, True, 1))
+        assert not torch.equal(first, varied_pixels(image, 32, 0.5, True, 2))
+
+    def test_without_crop_and_flip_it_is_the_centre(self):
+        assert torch.equal(varied_pixels(noise(), 16, 1.0, False, 7), to_pixels(noise(), 16))
+
+    def test_half_of_the_pictures_are_mirrored(self):
+        plain = to_pixels(noise(), 16)
+        drawn = [varied_pixels(noise(), 16, 1.0, True, seed) for seed in range(40)]
+        mirrored = sum(torch.equal(one, plain.flip(-1)) for one in drawn)
+        assert 10 <= mirrored <= 30
+        assert all(torch.equal(one, plain) or torch.equal(one, plain.flip(-1)) for one in drawn)
+
+    def test_a_crop_spans_between_the_share_and_all_of_the_shorter_side(self):
+        image = self.ramp(128, 128)
+        drawn = [varied_pixels(image, 64, 0.5, False, seed) for seed in range(60)]
+        spans = torch.stack([(one[0].max() - one[0].min()) / 2 for one in drawn])
+        assert spans.min() == pytest.approx(0.5, abs=0.05)
+        assert spans.max() == pytest.approx(1.0, abs=0.05)
+        # Windows reach every edge of the picture.
+        lowest = torch.stack([one.amin((1, 2))[:2] for one in drawn]).amin(0)
+        highest = torch.stack([one.amax((1, 2))[:2] for one in drawn]).amax(0)
+        assert (lowest < -0.95).all()
+        assert (highest > 0.95).all()
+
+    @pytest.mark.parametrize("shape", [(7, 10), (400, 90), (33, 32)])
+    def test_any_picture_fills_any_window(self, shape):
+        for seed in range(5):
+            assert varied_pixels(noise(*shape), (32, 48), 0.8, True, seed).shape == (3, 32, 48)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from lexel.catalog import Layout
+from lexel.checkpoints import dotless_copy
 from lexel.errors import LexelError
 from lexel.tokenizers import (
     export_published,
@@ -20,7 +21,11 @@ from lexel.tokenizers import (
     from_pretrained,
     list_published,
     load_published,
+    maskgit_vqgan,
+    open_magvit2,
     published_systems,
+    published_table,
+    titok,
 )
 from lexel.verify.fixture import Fixture
 
@@ -31,16 +36,72 @@ KEY_LISTS = {
     ("llamagen_vq", "VQ-8"): ("llamagen-vq-8", "published"),
     ("janus_vq", "janus_pro"): ("janus-vq-16", "published"),
     ("janus_vq", "transformers"): ("janus-vq-16", "transformers"),
+    ("fqgan_dual", "VQ-16"): ("fqgan-dual-16", "published"),
+    ("fqgan_dual", "VQ-8"): ("fqgan-dual-8", "published"),
+    ("fqgan_triple", "VQ-16"): ("fqgan-triple-16", "published"),
+    ("fqgan_triple", "VQ-8"): ("fqgan-triple-8", "published"),
+    ("chameleon_vq", "chameleon_vqgan_original"): ("chameleon-vq", "published"),
+    ("chameleon_vq", "chameleon_vqvae_transformers"): ("chameleon-vq", "transformers"),
+    ("emu3_vq", "BAAI/Emu3-VisionTokenizer"): ("emu3-vision-tokenizer", "published"),
+    ("emu3_vq", "transformers"): ("emu3-vision-tokenizer", "transformers"),
+    ("elm_bae", "bae_16"): ("elm-bae-16", "published"),
+    ("elm_bae", "bae_20"): ("elm-bae-20", "published"),
+    ("elm_bae", "bae_24"): ("elm-bae-24", "published"),
+    ("titok", "titok_l32"): ("titok-l-32", "published"),
+    ("titok", "titok_b64"): ("titok-b-64", "published"),
+    ("titok", "titok_s128"): ("titok-s-128", "published"),
+    ("titok", "titok_bl64_vq8k"): ("titok-bl-64-vq", "published"),
+    ("titok", "titok_bl128_vq8k"): ("titok-bl-128-vq", "published"),
+    ("titok", "titok_sl256_vq8k"): ("titok-sl-256-vq", "published"),
+    ("titok", "titok_ll32_vae_c16"): ("titok-ll-32-vae", "published"),
+    ("titok", "titok_bl64_vae_c16"): ("titok-bl-64-vae", "published"),
+    ("titok", "titok_bl128_vae_c16"): ("titok-bl-128-vae", "published"),
+    ("titok", "tatitok_bl32_vq"): ("tatitok-bl-32-vq", "published"),
+    ("titok", "tatitok_bl64_vq"): ("tatitok-bl-64-vq", "published"),
+    ("titok", "tatitok_bl128_vq"): ("tatitok-bl-128-vq", "published"),
+    ("titok", "tatitok_bl32_vae"): ("tatitok-bl-32-vae", "published"),
+    ("titok", "tatitok_bl64_vae"): ("tatitok-bl-64-vae", "published"),
+    ("titok", "tatitok_sl128_vae"): ("tatitok-sl-128-vae", "published"),
+    ("titok", "maskgit-vqgan-imagenet-f16-256"): ("maskgit-vqgan-f16", "published"),
+    ("one_d_piece", "One-D-Piece-S-256"): ("one-d-piece-s-256", "published"),
+    ("one_d_piece", "One-D-Piece-B-256"): ("one-d-piece-b-256", "published"),
+    ("one_d_piece", "One-D-Piece-L-256"): ("one-d-piece-l-256", "published"),
+    ("flextok", "flextok_d12_d12_in1k"): ("flextok-d12-d12-in1k", "published"),
+    ("flextok", "flextok_d18_d18_in1k"): ("flextok-d18-d18-in1k", "published"),
+    ("flextok", "flextok_d18_d28_in1k"): ("flextok-d18-d28-in1k", "published"),
+    ("flextok", "flextok_d18_d28_dfn"): ("flextok-d18-d28-dfn", "published"),
+}
+KEY_LISTS |= {
+    ("open_magvit2_lfq", "IN256_Large"): ("open-magvit2-256", "published"),
+    ("open_magvit2_lfq", "Pretrain_256_16384"): ("open-magvit2-pretrain-16384", "published"),
+    ("open_magvit2_lfq", "Pretrain_256_262144"): ("open-magvit2-pretrain-262144", "published"),
+    ("open_magvit2_video", "Video_128_262144"): ("open-magvit2-video", "published"),
+    **{("ibq", f"IBQ-Tokenizer-{k}"): (f"ibq-{k}", "published") for k in (1024, 8192, 16384, 262144)},
 }
 # System → how the arguments are found in a fixture's config.json, and a row of it.
 FIXTURES = {
     "llamagen_vq": ("llamagen-vq-16", lambda config: config),
     "janus_vq": ("janus-vq-16", lambda config: config["reference_args"]),
+    "fqgan_dual": ("fqgan-dual-16", lambda config: config),
+    "fqgan_triple": ("fqgan-triple-16", lambda config: config),
+    "chameleon_vq": ("chameleon-vq", lambda config: config["vqgan_params"]),
+    "emu3_vq": ("emu3-vision-tokenizer", lambda config: config["reference_config"]),
+    "open_magvit2_lfq": ("open-magvit2-256", lambda config: open_magvit2.flatten(config["args"])),
+    "open_magvit2_video": ("open-magvit2-video", lambda config: open_magvit2.flatten(config["args"])),
+    "ibq": ("ibq-1024", lambda config: open_magvit2.flatten(config["args"])),
+    "elm_bae": ("elm-bae-16", lambda config: {**config["args"], "token_each": config["token_each"]}),
+    "titok": ("titok-s-128", titok.flatten),
+    "titok/direct_rgb": ("titok-bl-64-vq", titok.flatten),
+    "titok/vae": ("titok-bl-64-vae", titok.flatten),
+    "titok/tatitok": ("tatitok-bl-64-vq", titok.flatten),
+    "titok/proxy_vqgan": ("maskgit-vqgan-f16", maskgit_vqgan.flatten),
+    "one_d_piece": ("one-d-piece-s-256", titok.flatten),
+    "flextok": ("flextok-d18-d28-in1k", lambda config: config),
 }
 
 
 def key_list(system: str, name: str) -> dict[str, tuple[int, ...]]:
-    """One of the full-size lists, which leave prefixes out. A name may be cut to its first word."""
+    """One of the full-size lists, most of which leave prefixes out. A name may be cut to its first word."""
     lists = json.loads((GOLDEN / system / "published_keys.json").read_text())
     found = next(value for key, value in lists.items() if name in (key, key.split()[0]))
     return {key: tuple(shape) for key, shape in (found["keys"] if isinstance(found, dict) else found)}
@@ -55,7 +116,12 @@ def test_full_size_key_lists_are_consumed_exactly(fixture, row: str, layout: str
     system, published = find_published(row)
     with torch.device("meta"):
         model = system.config(published.arguments).build()
-    assert replace(layout_named(system, layout), prefix="").shapes(model) == key_list(*fixture)
+    named = layout_named(system, layout)
+    expected = {key.removeprefix(named.prefix): shape for key, shape in key_list(*fixture).items()}
+    stored = replace(named, prefix="").shapes(model)
+    if system.dotless_ema:
+        stored |= {key: tuple(value.shape) for key, value in dotless_copy(named.export(model)).items()}
+    assert stored == expected
 
 
 @pytest.mark.parametrize("row", list_published(), ids=lambda row: row.name)
@@ -69,6 +135,11 @@ def test_rows_state_what_they_are(row) -> None:
     assert row.source
     assert row.tokens
     assert row.codebook
+
+
+def test_the_documented_table_is_what_the_code_knows() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "published.md").read_text()
+    assert published_table(list_published()) in page
 
 
 def test_names_are_unique() -> None:

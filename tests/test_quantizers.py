@@ -21,7 +21,13 @@ CONFIGS = {
     "lfq": QuantizerConfig("lfq", codebook_size=64),
     "lfq-square": QuantizerConfig("lfq", codebook_size=2**DIM),
     "simvq": QuantizerConfig("simvq", codebook_size=32),
+    "bernoulli": QuantizerConfig("bernoulli", codebook_size=64, deterministic=True),
+    "bernoulli-groups": QuantizerConfig("bernoulli", codebook_size=64, groups=(2, 4), deterministic=True),
+    "bernoulli-tanh": QuantizerConfig("bernoulli", codebook_size=64, deterministic=True, tanh=True),
     "residual": QuantizerConfig("residual", codebook_size=32, depth=3, cosine=False),
+    "sign": QuantizerConfig("sign", codebook_size=2**DIM),
+    "sign-groups": QuantizerConfig("sign", codebook_size=2**DIM, groups=(1, 3)),
+    "ibq": QuantizerConfig("ibq", codebook_size=32),
 }
 each_kind = pytest.mark.parametrize("name", CONFIGS)
 
@@ -48,7 +54,7 @@ def test_eval_forward_is_decode_of_encode(name: str) -> None:
     assert output.losses == {}
 
 
-@pytest.mark.parametrize("name", ["vq", "vq-cosine", "simvq", "lfq-square"])
+@pytest.mark.parametrize("name", ["vq", "vq-cosine", "simvq", "lfq-square", "sign", "sign-groups"])
 def test_codes_are_fixed_points(name: str) -> None:
     # Encoding a code's own vector gives the code back. (Not so through fsq's tanh, through linear maps
     # between latents and codes, or greedily level by level.)
@@ -84,7 +90,7 @@ def test_a_row_of_a_batch_is_that_row_alone(name: str) -> None:
     assert torch.equal(together, alone)
 
 
-@pytest.mark.parametrize("name", ["vq", "simvq", "residual", "lfq-square"])
+@pytest.mark.parametrize("name", ["vq", "simvq", "residual", "lfq-square", "sign"])
 def test_straight_through_gradient_is_the_identity(name: str) -> None:
     quantizer = make(name).train()
     x = latents().requires_grad_(True)
@@ -93,7 +99,7 @@ def test_straight_through_gradient_is_the_identity(name: str) -> None:
     torch.testing.assert_close(gradient, upstream)
 
 
-@pytest.mark.parametrize("name", ["vq-cosine", "fsq-square"])
+@pytest.mark.parametrize("name", ["vq-cosine", "fsq-square", "bernoulli", "bernoulli-tanh"])
 def test_straight_through_gradient_is_that_of_the_bypass(name: str) -> None:
     # Rounding passes the gradient unchanged; what bounds the latents (unit length, tanh) keeps its own.
     quantizer = make(name).train()
@@ -200,6 +206,9 @@ def test_autocast_does_not_lower_precision() -> None:
         ({"kind": "fsq"}, "needs levels"),
         ({"levels": (3, 3)}, "levels belong to fsq"),
         ({"kind": "lfq", "codebook_size": 100}, "power of two"),
+        ({"kind": "bernoulli", "codebook_size": 100}, "power of two"),
+        ({"kind": "bernoulli", "codebook_size": 64, "groups": [2, 2]}, "do not fit bernoulli with 64"),
+        ({"groups": [4, 4]}, "do not fit vq"),
         ({"depth": 2}, "belongs to residual"),
         ({"kind": "fsq", "levels": [5, 5], "rotation": True}, "rotation belongs"),
     ],

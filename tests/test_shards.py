@@ -63,6 +63,14 @@ def test_samples_are_read_by_number_in_any_order(shards):
     assert dataset.problems.counts() == {}
 
 
+def test_a_training_draw_may_vary_its_picture(shards):
+    dataset = build(shards, crop=0.5)
+    one, two = (dataset.varied(12, seed) for seed in (1, 2))
+    assert one.key == two.key == "s2/012"
+    assert one.pixels.shape == (3, 8, 8)
+    assert not one.pixels.equal(two.pixels)
+
+
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_nothing_is_lost_or_repeated_by_ranks_workers_and_a_kill(shards):
     dataset, seen = build(shards), []

@@ -121,6 +121,7 @@ def test_adaptive_weight_is_the_ratio_of_gradient_norms() -> None:
     weight.grad = None
     silent = (weight * 0).sum()
     assert adaptive_weight((weight * 6).sum(), silent, weight) == 1e4
+    assert adaptive_weight((weight * 6).sum(), silent, weight, most=1.0) == 1
 
 
 def test_adaptive_scale_equalises_the_two_gradients() -> None:
@@ -255,28 +256,23 @@ def test_representation_loss_is_infonce_against_the_teacher() -> None:
         def forward(self, pixels: Tensor) -> Tensor:
             return pixels.mean((2, 3))
 
-    class Head(nn.Module):
-        def forward(self, latents: Tensor) -> Tensor:
-            return latents.mean(1)
-
     _, pixels = pair()
-    output = as_output(pixels)
-    quantized = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
-    output = TokenizerOutput(
-        pixels, output.codes, QuantizerOutput(quantized, output.codes.indices), quantized
-    )
-    term = RepresentationTerm(Teacher(), Head(), columns=(3, 6), weight=0.5)
+    plain = as_output(pixels)
+    tokens = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+    output = TokenizerOutput(pixels, plain.codes, plain.quantizer, plain.latents, {"sem": tokens})
+    term = RepresentationTerm(Teacher(), "sem", weight=0.5)
     loss = term(output, pixels)
-    predicted, target = quantized[..., 3:].mean(1), pixels.mean((2, 3))
+    predicted, target = tokens[:, 0], pixels.mean((2, 3))
     cosine = nn.functional.cosine_similarity(predicted[:, None], target[None], dim=-1)
     expected = -0.5 * (cosine.diagonal() - cosine.logsumexp(1)).mean()
     torch.testing.assert_close(loss, expected)
-    built = TokenizerObjectiveConfig(l2=0.0).build([term])
-    total, _ = built.generator_loss(output, pixels, 0, torch.zeros(1))
+    built = TokenizerObjective(TokenizerObjectiveConfig(l2=0.0), [term])
+    total, metrics = built.generator_loss(output, pixels, 0, torch.zeros(1))
     torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(metrics["representation_sem"], expected.detach())
     total.backward()
-    assert quantized.grad is not None
-    assert quantized.grad[..., :3].abs().sum() == 0
+    assert tokens.grad is not None
+    assert tokens.grad[:, 1:].abs().sum() == 0
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from lexel.data.example import Example
-from lexel.data.images import EXTENSIONS, read_pixels, verify_image
+from lexel.data.images import EXTENSIONS, load_image, read_pixels, varied_pixels, verify_image
 from lexel.data.problems import Problems
 from lexel.data.source import PictureSourceConfig, Split, clean_captions, split_keys, verify_all
 from lexel.errors import LexelError
@@ -62,6 +62,12 @@ class FolderDataset(Dataset[Example]):
     def __getitem__(self, index: int) -> Example:
         key, captions = self.items[index]
         return Example(key, captions, read_pixels(self.root / key, self.config.size))
+
+    def varied(self, index: int, seed: int) -> Example:
+        """The example with its picture varied as the config says (`crop`, `flip`)."""
+        key, captions = self.items[index]
+        config, image = self.config, load_image(self.root / key)
+        return Example(key, captions, varied_pixels(image, config.size, config.crop, config.flip, seed))
 
 
 def _verified(keys: Sequence[str], root: Path, problems: Problems) -> list[str]:

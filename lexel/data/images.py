@@ -6,6 +6,8 @@ h w height and width
 from __future__ import annotations
 
 import io
+import math
+import random
 import struct
 import zlib
 from pathlib import Path
@@ -75,6 +77,33 @@ def to_pixels(image: Image.Image, size: int | tuple[int, int]) -> Tensor:
     fitted = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
     array = torch.from_numpy(np.array(fitted, dtype=np.uint8))
     return array.permute(2, 0, 1).contiguous().float() / 127.5 - 1
+
+
+def varied_pixels(
+    image: Image.Image, size: int | tuple[int, int], crop: float, flip: bool, seed: int
+) -> Tensor:
+    """Float ``[3, h, w]`` in [-1, 1]: a random part of the picture, mirrored half of the time if `flip`.
+
+    With crop < 1 the shorter side is resized to a random number of pixels between that of `size` and 1 / crop
+    times as many (halved by averaging as often as possible, then bicubic) and a window of `size` is cut at a
+    random place, as in ADM (openai/guided-diffusion) and LlamaGen; with crop 1 it is the centre, as in
+    `to_pixels`. Everything random follows from `seed`.
+    """
+    rng = random.Random(seed)
+    height, width = (size, size) if isinstance(size, int) else size
+    if crop < 1:
+        # The shorter side when the window just fits, then the drawn one.
+        least = round(max(height / image.height, width / image.width) * min(image.size))
+        shorter = rng.randint(least, math.ceil(least / crop))
+        while min(image.size) >= 2 * shorter:
+            image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+        scale = shorter / min(image.size)
+        scaled = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+        image = image.resize(scaled, Image.Resampling.BICUBIC)
+        left, top = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
+        image = image.crop((left, top, left + width, top + height))
+    pixels = to_pixels(image, (height, width))
+    return pixels.flip(-1) if flip and rng.random() < 0.5 else pixels
 
 
 def read_pixels(source: str | Path | bytes, size: int | tuple[int, int], name: str | None = None) -> Tensor:

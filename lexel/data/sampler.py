@@ -93,14 +93,17 @@ class ResumableSampler(Sampler[list[Draw]]):
 
 
 class DrawnDataset(Dataset[Any]):
-    """A map-style dataset read by `Draw` instead of by number, for sources without randomness of their
-    own."""
+    """A map-style dataset read by `Draw` instead of by number. With a `seed` each draw is another variation
+    of its picture, by the dataset's ``varied(index, seed of the draw)``; without one every draw is alike."""
 
-    def __init__(self, dataset: Dataset[Any]) -> None:
+    def __init__(self, dataset: Dataset[Any], seed: int | None = None) -> None:
         self.dataset = dataset
+        self.seed = seed
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, draw: Draw) -> Any:
-        return self.dataset[draw.index]
+        if self.seed is None:
+            return self.dataset[draw.index]
+        return self.dataset.varied(draw.index, mix_seed(self.seed, draw.counter))  # type: ignore[attr-defined]

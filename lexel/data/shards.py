@@ -23,7 +23,7 @@ from pathlib import Path
 from torch.utils.data import Dataset
 
 from lexel.data.example import Example
-from lexel.data.images import read_pixels, verify_image
+from lexel.data.images import load_image, read_pixels, varied_pixels, verify_image
 from lexel.data.problems import Problems
 from lexel.data.source import PictureSourceConfig, Split, clean_captions, split_keys, verify_all
 from lexel.errors import LexelError
@@ -99,6 +99,12 @@ class ShardsDataset(Dataset[Example]):
     def __getitem__(self, index: int) -> Example:
         key, captions, picture = self.items[index]
         return Example(key, captions, read_pixels(picture.read(), self.config.size, key))
+
+    def varied(self, index: int, seed: int) -> Example:
+        """The example with its picture varied as the config says (`crop`, `flip`)."""
+        key, captions, picture = self.items[index]
+        config, image = self.config, load_image(picture.read(), key)
+        return Example(key, captions, varied_pixels(image, config.size, config.crop, config.flip, seed))
 
     def _add(self, key: str, sample: _Sample) -> None:
         if sample.picture is None:

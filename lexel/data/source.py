@@ -30,7 +30,9 @@ class PictureSourceConfig:
     keeps its split when others come or go), is held out. on_error: "skip" counts, names and leaves out broken
     pictures, empty captions and missing files; "raise" refuses them. caption_column: where metadata keeps
     captions. verify: decode every picture once when the data set is built; without it a broken picture is
-    met, and raises, only when its turn comes. Raises ValueError when a value is out of range.
+    met, and raises, only when its turn comes. crop, flip: how pictures vary while a tokenizer trains: a
+    random part of at least this share of the shorter side (1: the centre, see `varied_pixels`), mirrored half
+    of the time. Raises ValueError when a value is out of range.
     """
 
     root: str
@@ -40,6 +42,8 @@ class PictureSourceConfig:
     on_error: OnError = "skip"
     caption_column: str = "text"
     verify: bool = True
+    crop: float = 1.0
+    flip: bool = False
 
     def __post_init__(self) -> None:
         values = (self.size,) if isinstance(self.size, int) else tuple(self.size)
@@ -47,6 +51,13 @@ class PictureSourceConfig:
             raise ValueError(f"size must be a positive number of pixels or (height, width), got {self.size}.")
         object.__setattr__(self, "size", values[0] if len(values) == 1 else values)
         check_share(self.validation_share)
+        if not 0 < self.crop <= 1:
+            raise ValueError(f"crop must be a share of the shorter side in (0, 1], got {self.crop}.")
+
+    @property
+    def varies(self) -> bool:
+        """Whether training sees another variation of a picture each time."""
+        return self.crop < 1 or self.flip
 
     @property
     def image_size(self) -> tuple[int, int]:

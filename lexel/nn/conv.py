@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -50,6 +51,12 @@ def group_norm(channels: int, groups: int = 32) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(groups, channels), channels, eps=1e-6)
 
 
+def swish(x: Tensor) -> Tensor:
+    """x * sigmoid(x). On a CPU as that very product: it then rounds as the published code does, and the
+    entropy term of a learned codebook magnifies the last digits of its latents a hundredfold."""
+    return x * torch.sigmoid(x) if x.device.type == "cpu" else F.silu(x)
+
+
 class ResnetBlock(nn.Module):
     """norm, swish, 3x3, norm, swish, dropout, 3x3, plus the input (through a 1x1 where widths differ).
     ``[b, c_in, h, w] -> [b, c_out, h, w]``."""
@@ -65,8 +72,8 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[b, c_in, h, w] -> [b, c_out, h, w]``."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv1(swish(self.norm1(x)))
+        h = self.conv2(self.dropout(swish(self.norm2(h))))
         return self.nin_shortcut(x) + h
 
 
@@ -84,9 +91,11 @@ class AttnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[b, c, h, w] -> [b, c, h, w]``."""
         normed = self.norm(x)
-        q, k, v = (rearrange(f(normed), "b c h w -> b 1 (h w) c") for f in (self.q, self.k, self.v))
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj_out(rearrange(mixed, "b 1 (h w) c -> b c h w", h=x.shape[2]))
+        q, k, v = (rearrange(f(normed), "b c h w -> b c (h w)") for f in (self.q, self.k, self.v))
+        # Written out to round as the published code does, see `swish`.
+        shares = F.softmax(torch.bmm(q.mT, k) * q.shape[1] ** -0.5, dim=2)
+        mixed = torch.bmm(v, shares.mT)
+        return x + self.proj_out(rearrange(mixed, "b c (h w) -> b c h w", h=x.shape[2]))
 
 
 class Downsample(nn.Module):
@@ -117,6 +126,8 @@ class Level(nn.Module):
     """The blocks of one resolution: `res`, `attn` (empty, or one after each `res`), and `downsample` or
     `upsample` where the resolution changes afterwards. `change` is that last module's class, if any."""
 
+    residual = "res"  # what published files call the residual blocks
+
     def __init__(
         self,
         c_in: int,
@@ -128,7 +139,8 @@ class Level(nn.Module):
     ) -> None:
         super().__init__()
         widths = pairwise([c_in, *[c_out] * count])
-        self.res = nn.ModuleList(ResnetBlock(a, b, sizes.groups, sizes.dropout) for a, b in widths)
+        blocks = nn.ModuleList(ResnetBlock(a, b, sizes.groups, sizes.dropout) for a, b in widths)
+        self.add_module(self.residual, blocks)
         self.attn = nn.ModuleList(AttnBlock(c_out, sizes.groups) for _ in range(count * attention))
         if change is not None:
             name = "downsample" if change is Downsample else "upsample"
@@ -136,7 +148,7 @@ class Level(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[b, c_in, h, w] -> [b, c_out, h', w']``, h' = h/2, h or 2h."""
-        for index, block in enumerate(self.res):
+        for index, block in enumerate(self.get_submodule(self.residual).children()):
             x = block(x)
             if self.attn:
                 x = self.attn[index](x)
@@ -191,7 +203,7 @@ class Encoder(EncoderTrunk):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """``[b, 3, h, w] -> [b, z_channels, h/f, w/f]``."""
-        return self.conv_out(F.silu(self.norm_out(self.trunk(pixels))))
+        return self.conv_out(swish(self.norm_out(self.trunk(pixels))))
 
 
 class PatchEncoder(nn.Module):
@@ -255,4 +267,4 @@ class Decoder(nn.Module):
         x = self.conv_in(latents)
         for block in (*self.mid, *self.conv_blocks):
             x = block(x)
-        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.stem)
+        return F.pixel_shuffle(self.conv_out(swish(self.norm_out(x))), self.stem)

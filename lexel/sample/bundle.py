@@ -3,6 +3,7 @@
     bundle.json       format version, parts, layouts, sampling defaults, the tokenizer's fingerprint
     tokenizer/  lm/  detokenizer/ (optional)  drafter/ (optional)     config.json + model.safetensors
     text_tokenizer/   transformers' files;  vocabulary.json;  README.md (model card)
+    tokenizers/NAME/ (optional)    further tokenizers to reconstruct pictures with; copy their folders in
 
 `trained_on.json` beside the weights of every part that reads codes names the tokenizer they come from, so
 that parts of different bundles cannot be mixed by accident.
@@ -22,9 +23,10 @@ from typing import TYPE_CHECKING, Any
 from lexel.data.shapes import ShapesConfig
 from lexel.document import DocumentCodec, TextTokenizer
 from lexel.errors import LexelError
-from lexel.hub import decode_config, resolve_folder, write_atomically
+from lexel.hub import CONFIG_FILE, decode_config, resolve_folder, write_atomically
 from lexel.sample.logits import SamplingConfig
 from lexel.tokenizers import from_pretrained as load_tokenizer
+from lexel.tokenizers import list_published, load_published
 from lexel.tokenizers.layout import CodeLayout
 from lexel.vocabulary import Vocabulary
 
@@ -35,6 +37,7 @@ FORMAT = 1
 BUNDLE_FILE = "bundle.json"
 VOCABULARY_FILE = "vocabulary.json"
 TRAINED_ON_FILE = "trained_on.json"
+FURTHER = "tokenizers"
 SHIPPED = "shapes"
 STRATEGIES = ("plain", "nested", "jacobi", "drafter")
 
@@ -165,11 +168,51 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, write)
 
 
-def load_tokenizer_of(name: str | Path | None) -> Tokenizer:
-    """The tokenizer in a tokenizer folder or a bundle (folder or hub id; None: the shipped bundle).
-    Raises LexelError when there is none."""
-    folder = find_bundle(None) if name is None else resolve_folder(name, "tokenizer")
-    return load_tokenizer(folder / "tokenizer" if (folder / BUNDLE_FILE).is_file() else folder)
+def tokenizer_folders(bundle: Path) -> dict[str, Path]:
+    """The further tokenizers of a bundle folder, by name."""
+    found = sorted(path.parent for path in (bundle / FURTHER).glob(f"*/{CONFIG_FILE}"))
+    return {folder.name: folder for folder in found}
+
+
+def load_tokenizer_of(
+    name: str | Path | None,
+    *,
+    bundle: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Tokenizer:
+    """A tokenizer in eval mode by what a user may call it.
+
+    name: one of the further tokenizers of `bundle`, a published checkpoint (`list_published`), a tokenizer
+    folder or a bundle (folder or hub id); None is the own tokenizer of `bundle` (None: the shipped one).
+    checkpoint, config: of a published one, the local file and the hyper-parameters (the reference's names)
+    that differ from the published ones. Raises LexelError when there is none of that name.
+    """
+    published = name is not None and str(name) in {row.name for row in list_published()}
+    if not published and (checkpoint is not None or config is not None):
+        raise LexelError(
+            f"a checkpoint and its config need the name of a published tokenizer, got {name}; "
+            "`lexel published` lists them."
+        )
+    if published:
+        return load_published(str(name), checkpoint, config)
+    if name is None:
+        return load_tokenizer(_own(find_bundle(bundle)))
+    further = {} if bundle is None else tokenizer_folders(find_bundle(bundle))
+    return load_tokenizer(further.get(str(name)) or _own(_named_folder(name)))
+
+
+def _own(folder: Path) -> Path:
+    """The tokenizer folder of a bundle; any other folder is one itself."""
+    return folder / "tokenizer" if (folder / BUNDLE_FILE).is_file() else folder
+
+
+def _named_folder(name: str | Path) -> Path:
+    if "/" not in str(name) and not Path(name).expanduser().exists():
+        raise LexelError(
+            f"there is no tokenizer {name}: give a folder, a hub id, or a name that `lexel published` lists."
+        )
+    return resolve_folder(name, "tokenizer")
 
 
 def check_trained_on(folder: Path, part: str, fingerprint: str) -> None:

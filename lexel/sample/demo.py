@@ -12,14 +12,22 @@ import torch
 from PIL import Image as PictureFile
 from torch import Tensor
 
-from lexel.data.images import to_image
+from lexel.data.images import to_image, to_pixels
 from lexel.document import Image, Text
 from lexel.errors import LexelError
 from lexel.sample.pipeline import Pipeline, code_map
+from lexel.sample.reconstruct import SIDE, enlarged, reconstruct
+from lexel.tokenizers.base import Tokenizer
 from lexel.types import Codes, GenerationOutput
 
-SIDE = 256
-"""Pictures smaller than this are shown enlarged, pixel by pixel."""
+OWN = "the language model's own"
+"""What the bundle's main tokenizer is called among several."""
+
+FRAME = SIDE + 64
+"""Height of a frame, so that its label lies above the picture, not on it."""
+
+STYLE = "<style>.given img {width: 100% !important; object-fit: contain !important}</style>"
+"""Small pictures fill their frame, too."""
 
 MOST_PICTURES = 16
 EXAMPLES = (
@@ -28,12 +36,6 @@ EXAMPLES = (
     "a blue triangle left of a green square",
     "a purple ring above an orange heart",
 )
-
-
-def enlarged(picture: PictureFile.Image) -> PictureFile.Image:
-    """The picture with every pixel repeated until its longer side is about `SIDE`."""
-    factor = max(1, SIDE // max(picture.size))
-    return picture.resize((picture.width * factor, picture.height * factor), PictureFile.Resampling.NEAREST)
 
 
 def tokens_picture(codes: Codes, sizes: tuple[int, ...]) -> PictureFile.Image:
@@ -73,7 +75,8 @@ def build_demo(pipeline: Pipeline) -> gr.Blocks:
         with gr.Tab("Describe"):
             _describe_tab(actions)
         with gr.Tab("Reconstruct"):
-            _reconstruct_tab(actions)
+            _reconstruct_tab(actions, demo)
+        gr.HTML(STYLE, padding=False)
     return demo
 
 
@@ -85,6 +88,8 @@ class _Actions:
         self.image_sampling = pipeline.sampling["image"]
         self.strategies = list(pipeline.strategies)
         self.has_detokenizer = pipeline.detokenizer is not None
+        further = {name: one for name, one in pipeline.tokenizers.items() if one.has_decoder}
+        self.tokenizers: dict[str, Tokenizer] = {OWN: pipeline.tokenizer, **further}
 
     def draw(
         self,
@@ -123,23 +128,37 @@ class _Actions:
         return self.pipeline.caption(output.documents[0]), self._tokens(codes), statistics(output)
 
     def reconstruct(
-        self, picture: PictureFile.Image | None, length: float | None, detokenizer: bool
+        self,
+        picture: PictureFile.Image | None,
+        length: float | None,
+        detokenizer: bool,
+        name: str = OWN,
     ) -> tuple[PictureFile.Image, PictureFile.Image, PictureFile.Image]:
-        """A picture as the model sees it, through `length` tokens and back, and the tokens."""
-        pixels = self._read(picture)
-        tokens = int(length) if length is not None and self.pipeline.tokenizer.layout.flexible else None
-        generator = torch.Generator(self.pipeline.device).manual_seed(0)
+        """A picture as the tokenizer `name` sees it, through `length` tokens and back, and the tokens."""
+        tokenizer = self.tokenizers[name]
+        pixels = self._read(picture, tokenizer)
+        tokens = int(length) if length is not None and tokenizer.layout.flexible else None
         try:
-            codes = self.pipeline.encode(pixels[None], tokens)
-            rebuilt = self.pipeline.decode(codes, detokenizer=bool(detokenizer), generator=generator)[0]
+            decode = self._detokenize if detokenizer and name == OWN else None
+            rebuilt, codes = reconstruct(tokenizer, pixels, tokens, decode)
         except LexelError as error:
             raise gr.Error(str(error)) from None
-        return _shown(pixels), _shown(rebuilt), self._tokens(codes.to("cpu"))
+        return _shown(pixels), _shown(rebuilt), tokens_picture(codes, tokenizer.layout.codebook_sizes)
 
-    def _read(self, picture: PictureFile.Image | None) -> Tensor:
+    def choose(self, name: str) -> tuple[gr.Slider, gr.Checkbox]:
+        """The number of tokens and the generative decoder, as far as a tokenizer has them."""
+        layout = self.tokenizers[name].layout
+        length = gr.Slider(value=layout.positions, maximum=layout.positions, visible=layout.flexible)
+        return length, gr.Checkbox(visible=name == OWN and self.has_detokenizer)
+
+    def _detokenize(self, codes: Codes) -> Tensor:
+        generator = torch.Generator(self.pipeline.device).manual_seed(0)
+        return self.pipeline.decode(codes, detokenizer=True, generator=generator)
+
+    def _read(self, picture: PictureFile.Image | None, tokenizer: Tokenizer | None = None) -> Tensor:
         if picture is None:
             raise gr.Error("Choose a picture first.")
-        return self.pipeline.read_picture(picture)
+        return to_pixels(picture.convert("RGB"), (tokenizer or self.pipeline.tokenizer).image_size)
 
     def _run(self, document: list[Any], **options: Any) -> GenerationOutput:
         try:
@@ -155,6 +174,12 @@ class _Actions:
 def _shown(pixels: Tensor | None) -> PictureFile.Image:
     assert pixels is not None
     return enlarged(to_image(pixels))
+
+
+def _picture_input() -> gr.Image:
+    return gr.Image(
+        type="pil", label="Picture", format="png", image_mode="RGB", height=FRAME, elem_classes="given"
+    )
 
 
 def _sampling_inputs(actions: _Actions, temperature: float) -> tuple[gr.Number, gr.Slider, gr.Dropdown]:
@@ -179,7 +204,7 @@ def _draw_tab(actions: _Actions) -> None:
         with gr.Column():
             gallery = gr.Gallery(label="Pictures", format="png", columns=4, height=300)
             line = gr.Textbox(label="Decoding", interactive=False)
-            tokens = gr.Image(label="Tokens of the first picture", format="png", height=SIDE)
+            tokens = gr.Image(label="Tokens of the first picture", format="png", height=FRAME)
     inputs = [text, count, seed, temperature, guidance, decoding, detokenizer]
     outputs = [gallery, tokens, line]
     gr.on([button.click, text.submit], actions.draw, inputs, outputs, api_name="draw")
@@ -188,34 +213,38 @@ def _draw_tab(actions: _Actions) -> None:
 def _describe_tab(actions: _Actions) -> None:
     with gr.Row():
         with gr.Column():
-            picture = gr.Image(type="pil", label="Picture", format="png", image_mode="RGB")
+            picture = _picture_input()
             text_temperature = actions.pipeline.sampling["text"].temperature
             seed, temperature, decoding = _sampling_inputs(actions, text_temperature)
             button = gr.Button("Describe", variant="primary")
         with gr.Column():
             caption = gr.Textbox(label="The picture shows", interactive=False)
             line = gr.Textbox(label="Decoding", interactive=False)
-            tokens = gr.Image(label="Tokens of the picture", format="png", height=SIDE)
+            tokens = gr.Image(label="Tokens of the picture", format="png", height=FRAME)
     button.click(
         actions.describe, [picture, seed, temperature, decoding], [caption, tokens, line], api_name="describe"
     )
 
 
-def _reconstruct_tab(actions: _Actions) -> None:
-    layout = actions.pipeline.tokenizer.layout
+def _reconstruct_tab(actions: _Actions, demo: gr.Blocks) -> None:
+    layouts = [tokenizer.layout for tokenizer in actions.tokenizers.values()]
+    own, several = layouts[0], len(layouts) > 1
     with gr.Row():
         with gr.Column():
-            picture = gr.Image(type="pil", label="Picture", format="png", image_mode="RGB")
-            length = gr.Slider(
-                1, layout.positions, layout.positions, step=1, label="Tokens", visible=layout.flexible
-            )
+            picture = _picture_input()
+            name = gr.Dropdown(list(actions.tokenizers), value=OWN, label="Tokenizer", visible=several)
+            # Up to the longest of all, so that programs can ask for it; `choose` cuts the page's slider.
+            most = max(layout.positions for layout in layouts)
+            length = gr.Slider(1, most, own.positions, step=1, label="Tokens", visible=own.flexible)
             detokenizer = gr.Checkbox(label="Generative decoder", visible=actions.has_detokenizer)
             button = gr.Button("Reconstruct", variant="primary")
         with gr.Column():
             with gr.Row():
-                seen = gr.Image(label="At the model's size", format="png", height=SIDE)
-                rebuilt = gr.Image(label="Through the tokens and back", format="png", height=SIDE)
-            tokens = gr.Image(label="Tokens", format="png", height=SIDE)
-    inputs, outputs = [picture, length, detokenizer], [seen, rebuilt, tokens]
+                seen = gr.Image(label="As the tokenizer sees it", format="png", height=FRAME)
+                rebuilt = gr.Image(label="Through the tokens and back", format="png", height=FRAME)
+            tokens = gr.Image(label="Tokens", format="png", height=FRAME)
+    inputs, outputs = [picture, length, detokenizer, name], [seen, rebuilt, tokens]
     # Without a length to choose, the hidden slider's release never fires.
     gr.on([button.click, length.release], actions.reconstruct, inputs, outputs, api_name="reconstruct")
+    if several:
+        gr.on([name.change, demo.load], actions.choose, name, [length, detokenizer])

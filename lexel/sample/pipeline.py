@@ -24,6 +24,7 @@ from lexel.document import Document, DocumentCodec, Grammar, Image, Segment, Sta
 from lexel.errors import LexelError
 from lexel.models.causal_lm import CausalLM
 from lexel.sample.bundle import (
+    FURTHER,
     STRATEGIES,
     TRAINED_ON_FILE,
     VOCABULARY_FILE,
@@ -34,6 +35,7 @@ from lexel.sample.bundle import (
     load_codec,
     save_text_tokenizer,
     staged,
+    tokenizer_folders,
     write_json,
     write_text,
 )
@@ -72,8 +74,9 @@ class Pipeline:
     """Tokenizer, language model and document codec, with an optional detokenizer and small drafter.
 
     tokenizer_fingerprint: the tokenizer whose codes the LM was trained on, when known. sampling: defaults per
-    modality; decoding: the default strategy; scenes: the procedural scenes it was trained on, where it was.
-    Raises LexelError when the parts do not belong together.
+    modality; decoding: the default strategy; scenes: the procedural scenes it was trained on, where it was;
+    tokenizers: further ones, by name, to reconstruct pictures with; the language model does not know them.
+    Raises LexelError when the parts do not belong together, or a name is no folder's.
     """
 
     def __init__(
@@ -88,15 +91,19 @@ class Pipeline:
         decoding: DecodingConfig | None = None,
         scenes: ShapesConfig | None = None,
         tokenizer_fingerprint: str | None = None,
+        tokenizers: Mapping[str, Tokenizer] | None = None,
     ) -> None:
         self.tokenizer, self.lm, self.codec = tokenizer, lm, codec
         self.detokenizer, self.drafter = detokenizer, drafter
         self.sampling = {**DEFAULT_SAMPLING, **(sampling or {})}
         self.decoding = decoding or DecodingConfig()
         self.scenes = scenes
+        self.tokenizers = dict(tokenizers or {})
         self._check_parts(tokenizer_fingerprint)
 
     def _check_parts(self, trained_on: str | None) -> None:
+        if bad := [name for name in self.tokenizers if Path(name).name != name]:
+            raise LexelError(f"a tokenizer of a bundle cannot be called {bad[0]!r}; it is a folder's name.")
         own, layout = self.tokenizer.layout, self.codec.layouts.get("image")
         if layout is None or _geometry(layout) != _geometry(own):
             described = "no pictures" if layout is None else _described(layout)
@@ -146,6 +153,7 @@ class Pipeline:
             decoding=info.decoding,
             scenes=info.scenes,
             tokenizer_fingerprint=info.tokenizer,
+            tokenizers={name: load_tokenizer(path) for name, path in tokenizer_folders(folder).items()},
         )
 
     def save_pretrained(
@@ -168,6 +176,8 @@ class Pipeline:
         for name, model in networks.items():
             if model is not None:
                 model.save_pretrained(folder / name, dtype=dtype)
+        for name, model in self.tokenizers.items():
+            model.save_pretrained(folder / FURTHER / name, dtype=dtype)
         # A cast tokenizer is another tokenizer: the bundle names the one that will be loaded.
         fingerprint = (load_tokenizer(folder / "tokenizer") if dtype else self.tokenizer).fingerprint()
         for name in parts:
@@ -189,7 +199,8 @@ class Pipeline:
 
     def to(self, device: torch.device | str) -> Pipeline:
         """Move every part to `device`; returns self."""
-        for part in (self.tokenizer, self.lm, self.detokenizer, self.drafter):
+        parts = (self.tokenizer, self.lm, self.detokenizer, self.drafter, *self.tokenizers.values())
+        for part in parts:
             if isinstance(part, torch.nn.Module):
                 part.to(device)
         return self

@@ -21,11 +21,31 @@ if TYPE_CHECKING:
 CLASSES = {
     "vq": "vq:VQTokenizer",
     "factorized": "factorized:FactorizedTokenizer",
-    "flexible": "flexible:FlexibleTokenizer",
+    "maskgit_vqgan": "maskgit_vqgan:MaskGITVQGAN",
+    "titok": "titok:TiTok",
+    "titok_vae": "titok:TiTokVAE",
+    "bae": "bae:BAETokenizer",
+    "chameleon": "chameleon:ChameleonTokenizer",
+    "emu3": "emu3:Emu3Tokenizer",
+    "flextok": "flextok:FlexTok",
+    "open_magvit2": "open_magvit2:OpenMagvit2",
+    "open_magvit2_video": "open_magvit2:OpenMagvit2Video",
+    "ibq": "ibq:IBQTokenizer",
 }
 _REGISTERED: dict[str, type[Tokenizer]] = {}
 # Modules that hold published systems (`SYSTEMS`).
-FAMILIES = ("vq",)
+FAMILIES = (
+    "vq",
+    "factorized",
+    "chameleon",
+    "emu3",
+    "bae",
+    "open_magvit2",
+    "ibq",
+    "maskgit_vqgan",
+    "titok",
+    "flextok",
+)
 
 __all__ = [
     "export_published",
@@ -108,24 +128,31 @@ def load_published(
 
     system, row = find_published(name)
     file = Path(path) if path is not None else _fetch(row)
-    built = system.config(row.arguments, config).build()
+    wanted = system.config(row.arguments, system.stored_config(file), config)
     state = read_checkpoint(file, key=key, nestings=system.nestings, dotless_ema=system.dotless_ema)
+    built = system.as_stored(wanted, state).build()
     load_state(built, system, state, file)
     return built.eval()
 
 
 def export_published(tokenizer: Tokenizer, name: str, path: str | Path) -> None:
     """Write a tokenizer's weights in the published layout of `name` (see `list_published`), as safetensors or
-    as a torch file by the ending of `path`. Raises LexelError when the tokenizer is of another family."""
-    from lexel.checkpoints import save_checkpoint
+    as a torch file by the ending of `path`. Raises LexelError when the tokenizer is of another family or
+    has no decoder."""
+    from lexel.checkpoints import dotless_copy, save_checkpoint
 
     system, row = find_published(name)
     wanted = type(system.config(row.arguments))
-    if not isinstance(tokenizer.config, wanted):
+    if type(tokenizer.config) is not wanted:
         raise LexelError(
             f"{name} is written from a {wanted.__name__}, not a {type(tokenizer.config).__name__}."
         )
-    save_checkpoint(system.layouts[0].export(tokenizer), path, system.container)
+    if not tokenizer.has_decoder:
+        raise LexelError(f"this tokenizer has no decoder, which a file of {name} must hold.")
+    state = system.layouts[0].export(tokenizer)
+    if system.dotless_ema:
+        state |= dotless_copy(state)
+    save_checkpoint(state, path, system.container)
 
 
 def find_published(name: str) -> tuple[System, Published]:

@@ -25,6 +25,11 @@ class Tokenizer(nn.Module, Pretrained, ABC):
     image_size: tuple[int, int]
 
     @property
+    def has_decoder(self) -> bool:
+        """Whether it can draw; some published files hold an encoder alone."""
+        return True
+
+    @property
     def codebook_sizes(self) -> tuple[int, ...]:
         """Codes per codebook."""
         return self.layout.codebook_sizes

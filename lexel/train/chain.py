@@ -78,6 +78,12 @@ class Remembering(Dataset[Example]):
             self._room -= size
         return example
 
+    def varied(self, index: int, seed: int) -> Example:
+        """A variation of an example, made anew each time."""
+        # `examples` leaves the first so many: their numbers are the same below.
+        source: Any = self.source.dataset if isinstance(self.source, Subset) else self.source
+        return source.varied(index, seed)
+
 
 @dataclass
 class Chain:

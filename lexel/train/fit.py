@@ -24,6 +24,7 @@ _NOT_NEWS = (
     ".*but CUDA is not available.*",
     ".*GPU available but not used.*",
     ".*weights_only.*",
+    ".*in eval mode at the start of training.*",  # feature networks, whose weights are frozen
     ".*FSDP2-wrapped module.*returned a view tensor.*",
 )
 """Warnings of the trainer that tell a user nothing to act on."""

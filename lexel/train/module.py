@@ -167,20 +167,14 @@ class StageModule(lightning.LightningModule, ABC):
 
     def optimizer_for(self, named: Iterable[tuple[str, nn.Parameter]], lr: float) -> dict[str, Any]:
         """Optimizer and per-step schedule in Lightning's form; vectors (norms, biases) are not decayed."""
-        from transformers import get_scheduler
+        from lexel.train.schedule import build_schedule
 
         parameters = [parameter for _, parameter in named if parameter.requires_grad]
         groups: list[dict[str, Any]] = [{"params": [p for p in parameters if p.ndim > 1]}]
         if vectors := [p for p in parameters if p.ndim <= 1]:
             groups.append({"params": vectors, "weight_decay": 0.0})
         optimizer = self.stage.optimizer([group for group in groups if group["params"]], lr=lr)
-        schedule = get_scheduler(
-            self.stage.schedule,
-            optimizer,
-            num_warmup_steps=self.stage.warmup,
-            num_training_steps=self.stage.steps,
-            scheduler_specific_kwargs=self.stage.schedule_args or None,
-        )
+        schedule = build_schedule(optimizer, self.stage)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # Checkpoints and export

@@ -41,10 +41,11 @@ class StageSettings:
 
     steps: optimizer steps. batch_size: examples per micro-batch and process; an optimizer step sees
     ``batch_size * accumulate * processes``. lr, warmup (steps), schedule and schedule_args: as in
-    `transformers.get_scheduler`. optimizer: a factory ``parameters, lr -> Optimizer``. clip: largest gradient
-    norm (0: off). precision: ``32-true`` or ``bf16-mixed``. ema: decay of the averaged weights that are
-    exported (0: export the last weights). init: folder or hub id of weights to start from.
-    *_every: intervals in optimizer steps (0: never). workers: data loading processes.
+    `transformers.get_scheduler`, or ``drops`` (see `lexel.train.schedule`). optimizer: a factory
+    ``parameters, lr -> Optimizer``. clip: largest gradient norm (0: off). precision: ``32-true`` or
+    ``bf16-mixed``. ema: decay of the averaged weights that are exported (0: export the last weights).
+    init: folder or hub id of weights to start from. *_every: intervals in optimizer steps (0: never).
+    workers: data loading processes.
     """
 
     steps: int = 1000
@@ -92,9 +93,13 @@ class StageSettings:
 
 @dataclass
 class TokenizerStage(StageSettings):
-    """discriminator_lr: learning rate of the discriminator where the objective has one."""
+    """discriminator_lr: learning rate of the discriminator where the objective has one. vae: folder or hub id
+    of a diffusers AutoencoderKL whose weights a FlexTok's frozen VAE takes. frozen: modules and parameters of
+    the tokenizer that do not learn (``[encoder, latent_tokens]``)."""
 
     discriminator_lr: float = 1e-4
+    vae: str | None = None
+    frozen: list[str] = field(default_factory=list)
 
 
 @dataclass

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lexel.document import DocumentCodec
     from lexel.models.causal_lm import CausalLM
     from lexel.train.module import StageModule
-    from lexel.train.settings import LMStage
+    from lexel.train.settings import LMStage, TokenizerStage
 
 UNSEEN_SEED = 1
 """Added to the seed of validation documents."""
@@ -42,6 +42,7 @@ def run_tokenizer(chain: Chain) -> None:
         from lexel.train.tokenizer_module import TokenizerModule
 
         network = _fresh(config, run.seed, run.stages.tokenizer.init)
+        _fill_vae(network, run.stages.tokenizer)
         module = TokenizerModule(network, objective.build(), run.stages.tokenizer, run.seed, _preview(chain))
         usage = [CodebookUsage(network.codebook_sizes)]
         return _train(chain, "tokenizer", module, folder, *_pictures(chain), stack_pixels, usage)
@@ -214,6 +215,22 @@ def _fresh(config: Any, seed: int, init: str | None) -> Any:
     return network
 
 
+def _fill_vae(network: Any, stage: TokenizerStage) -> None:
+    """Give a FlexTok's frozen VAE its weights; nothing to do for other tokenizers."""
+    from lexel.tokenizers.flextok import FlexTok
+
+    has_vae = isinstance(network, FlexTok) and network.vae is not None
+    if stage.vae is not None and not has_vae:
+        raise LexelError("stages.tokenizer.vae belongs to a FlexTok with a VAE (tokenizer.vae).")
+    if stage.vae is not None:
+        network.load_vae(stage.vae)
+    elif has_vae and stage.init is None:
+        raise LexelError(
+            "the VAE is frozen and must come trained: set stages.tokenizer.vae to a folder or hub id, such "
+            "as EPFL-VILAB/flextok_vae_c16, or tokenizer.vae=null to work on pixels."
+        )
+
+
 def _need_pictures(chain: Chain) -> None:
     if not chain.has_pictures:
         raise LexelError(
@@ -222,7 +239,9 @@ def _need_pictures(chain: Chain) -> None:
 
 
 def _pictures(chain: Chain) -> tuple[Dataset[Any], Dataset[Any]]:
-    return DrawnDataset(chain.source("train")), DrawnDataset(chain.source("validation"))
+    """Training pictures, varied from draw to draw where the source is told so, and validation pictures."""
+    seed = chain.run.seed if getattr(chain.run.data, "varies", False) else None
+    return DrawnDataset(chain.source("train"), seed), DrawnDataset(chain.source("validation"))
 
 
 def _preview(chain: Chain) -> Tensor:

@@ -5,12 +5,15 @@ b batch · h w picture
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lexel.errors import LexelError
 from lexel.train.module import Metrics, StageModule
+from lexel.train.objectives.flextok import FlowObjective
 from lexel.train.objectives.tokenizer import TokenizerObjective, psnr
 from lexel.train.settings import TokenizerStage
 
@@ -28,13 +31,16 @@ class TokenizerModule(StageModule):
     def __init__(
         self,
         network: nn.Module,
-        objective: TokenizerObjective,
+        objective: TokenizerObjective | FlowObjective,
         stage: TokenizerStage,
         seed: int = 0,
         preview: Tensor | None = None,
     ) -> None:
+        objective.prepare(network)
+        resting = freeze(network, stage.frozen)
         super().__init__(network, stage, seed)
-        self.objective = objective
+        self._resting = resting
+        self.objective: Any = objective
         self.automatic_optimization = objective.discriminator is None
         self.preview = preview
 
@@ -43,9 +49,13 @@ class TokenizerModule(StageModule):
         """With a discriminator each backward pass reaches only one of the two networks."""
         return self.objective.discriminator is not None
 
+    def frozen(self) -> list[nn.Module]:
+        """Parts that do not learn keep their statistics too."""
+        return [*super().frozen(), *self._resting]
+
     def compute(self, network: Any, batch: Tensor) -> tuple[Tensor, Metrics]:
         """The tokenizer's own loss."""
-        output = network(batch, quantize=self.objective.rounds(self.step))
+        output = self.objective.predict(network, batch, self.step)
         return self.objective.generator_loss(output, batch, self.step, network.last_layer)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:  # type: ignore[override]
@@ -54,7 +64,7 @@ class TokenizerModule(StageModule):
             return super().training_step(batch, batch_idx)
         network: Any = self.network
         step, last = self.step, (self.consumed + 1) % self.stage.accumulate == 0
-        output = network(batch, quantize=self.objective.rounds(step))
+        output = self.objective.predict(network, batch, step)
         optimizers, schedules = self.optimizers(), self.lr_schedulers()
         loss, metrics = self.objective.generator_loss(output, batch, step, network.last_layer)
         self._learn(loss, optimizers[0], schedules[0], last)  # type: ignore[index]
@@ -101,3 +111,17 @@ class TokenizerModule(StageModule):
             return None
         pixels = self.preview[:count].to(self.device)
         return torch.stack([pixels, network.decode(network.encode(pixels))])
+
+
+def freeze(network: nn.Module, names: Sequence[str]) -> tuple[nn.Module, ...]:
+    """No gradient for the named modules and parameters of `network`; returns the modules among them, which
+    should stay in eval mode. Raises LexelError for a name that the network does not have."""
+    modules, parameters = dict(network.named_modules()), dict(network.named_parameters())
+    if unknown := [name for name in names if not name or name not in {**modules, **parameters}]:
+        children = ", ".join(name for name, _ in network.named_children())
+        raise LexelError(
+            f"stages.tokenizer.frozen names {unknown}, not in the tokenizer; it has: {children}."
+        )
+    for name in names:
+        (modules.get(name) or parameters[name]).requires_grad_(False)
+    return tuple(modules[name] for name in names if name in modules)

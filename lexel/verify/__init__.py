@@ -1,5 +1,7 @@
-"""Checking published systems against numbers that their own implementations produced (`lexel verify`)."""
+"""Checking published systems against numbers that their own implementations produced, and downloaded
+checkpoints against what their row needs (`lexel verify`)."""
 
+from lexel.verify.checkpoint import CheckpointReport, verify_checkpoint
 from lexel.verify.compare import Comparison, Report, verify
 
-__all__ = ["Comparison", "Report", "verify"]
+__all__ = ["CheckpointReport", "Comparison", "Report", "verify", "verify_checkpoint"]

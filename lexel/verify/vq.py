@@ -15,9 +15,9 @@ from torch import Tensor
 from lexel.catalog import Layout
 from lexel.checkpoints import read_checkpoint
 from lexel.models.discriminator import PatchDiscriminatorConfig
-from lexel.tokenizers import load_published
+from lexel.tokenizers import find_published, load_published
 from lexel.tokenizers.quantizers.learned import Learned
-from lexel.tokenizers.vq import LLAMAGEN_ARGUMENTS, VQTokenizer
+from lexel.tokenizers.vq import LLAMAGEN_ARGUMENTS, QuantizedRaster, VQTokenizer
 from lexel.types import Codes
 from lexel.verify.fixture import Fixture
 
@@ -45,8 +45,13 @@ def llamagen(fixture: Fixture) -> dict[str, Tensor]:
 
 def janus(fixture: Fixture) -> dict[str, Tensor]:
     """Codes as published (transformers' class normalises nothing), latents and pictures."""
-    path, arguments = fixture.weights(), fixture.config["reference_args"]
-    model = cast(VQTokenizer, load_published("janus-vq-16", path, arguments))
+    path, row = fixture.weights(), "janus-vq-16"
+    arguments = find_published(row)[0].known(fixture.config["reference_args"])
+    return raster_tensors(cast(VQTokenizer, load_published(row, path, arguments)), fixture)
+
+
+def raster_tensors(model: QuantizedRaster, fixture: Fixture) -> dict[str, Tensor]:
+    """Codes of `image`, the latents on the way, pictures of its codes and of `given_indices`."""
     ours = tokenizer_tensors(model, fixture.input("image"))
     given = fixture.input("given_indices")
     codes = Codes(rearrange(given, "b h w -> b (h w) 1"), (given.shape[1], given.shape[2]))
@@ -61,7 +66,7 @@ def janus(fixture: Fixture) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def tokenizer_tensors(model: VQTokenizer, image: Tensor) -> dict[str, Tensor]:
+def tokenizer_tensors(model: QuantizedRaster, image: Tensor) -> dict[str, Tensor]:
     """`encoder_out`, `latent` (after quant_conv), `quant`, all ``[b, c, h, w]``; `indices` ``[b, h, w]``;
     `recon`, the forward pass's picture."""
     encoded = model.encoder(image)

@@ -14,7 +14,6 @@ b batch · n code positions · k codebooks · d condition channels · h w grid �
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,10 +23,9 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from lexel.hub import Pretrained
+from lexel.nn.flow import integrate
 from lexel.types import Codes, check_pixels
 
-# (state [b, c, H, W], time float in [0, 1]) -> velocity of the same shape.
-Velocity = Callable[[Tensor, float], Tensor]
 # JiT's training times, sigmoid of a normal, and the bound on the weight 1 / t² of their loss.
 TIME_MEAN, TIME_SPREAD = 0.8, 0.8
 SMALLEST_TIME = 0.05
@@ -257,19 +255,3 @@ class FlowDetokenizer(nn.Module, Pretrained):
     def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
         device = generator.device if generator is not None else like.device
         return torch.rand(len(like), generator=generator, device=device).to(like)
-
-
-def integrate(velocity: Velocity, noise: Tensor, steps: int) -> Tensor:
-    """Follow ``dx/dt = velocity(x, t)`` from `noise` at t = 1 to t = 0 in `steps` equal Euler steps.
-    Raises ValueError for fewer than one step."""
-    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
-
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}.")
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
-    # Its own schedule ends at 1/1000 before 0 (linspace(1, 1/1000, N)); equal steps must be given.
-    scheduler.set_timesteps(sigmas=torch.linspace(1, 0, steps + 1)[:-1].tolist(), device=noise.device)
-    x = noise
-    for sigma, timestep in zip(scheduler.sigmas.tolist(), scheduler.timesteps):
-        x = scheduler.step(velocity(x, sigma), timestep, x).prev_sample
-    return x

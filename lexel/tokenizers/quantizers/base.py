@@ -26,7 +26,7 @@ class Quantizer(nn.Module, ABC):
     Laws: eval ``forward(x).quantized == decode(encode(x))``; `encode` and `decode` never change the state;
     in training the gradient of `quantized` with respect to `latents` is the identity (times the derivative
     of the bounding function for `fsq` and the unit-length projection for cosine `vq`), unless the rotation
-    trick is on.
+    trick is on, and but for `ibq`, which goes back through its choice.
     """
 
     def __init__(self, dim: int, codebook_sizes: tuple[int, ...]) -> None:
@@ -90,7 +90,6 @@ def nearest_code(latents: Tensor, codebook: Tensor, cosine: bool) -> Tensor:
 def code_statistics(indices: Tensor, size: int) -> dict[str, Tensor]:
     """`usage`: share of the `size` codes that occur in this batch, 0..1; `perplexity`: exp of the entropy
     of their frequencies, 1..size (both scalars)."""
-    counts = torch.bincount(indices.reshape(-1), minlength=size).float()
-    shares = counts / counts.sum()
-    entropy = torch.special.entr(shares).sum()
-    return {"usage": (counts > 0).float().mean(), "perplexity": entropy.exp()}
+    counts = torch.unique(indices, return_counts=True)[1].float()  # not one per code: there may be 2^24
+    entropy = torch.special.entr(counts / counts.sum()).sum()
+    return {"usage": counts.new_tensor(len(counts) / size), "perplexity": entropy.exp()}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lexel.tokenizers.quantizers.base import Quantizer
 
-KINDS = ("vq", "fsq", "lfq", "simvq", "residual", "learned")
+KINDS = ("vq", "fsq", "lfq", "simvq", "residual", "learned", "bernoulli", "sign", "ibq")
 
 
 @dataclass(frozen=True)
@@ -17,16 +17,25 @@ class QuantizerConfig:
 
     kind: `vq` (EMA codebook), `fsq` (finite scalar, 2309.15505), `lfq` (lookup-free, 2310.05737), `simvq`
     (frozen codebook through a learned map, 2411.02038), `residual` (`depth` EMA codebooks, 2107.03312),
-    `learned` (a codebook that gradients train, as in the published LlamaGen, FQGAN and TiTok files).
-    codebook_size: codes per codebook (a power of two for `lfq`; `fsq` takes the product of `levels`).
+    `learned` (a codebook that gradients train, as in the published LlamaGen, FQGAN and TiTok files),
+    `bernoulli` (one probability per bit, 2410.16257), `sign` (LFQ as Open-MAGVIT2 publishes it, 2409.04410),
+    `ibq` (a differentiable choice of the row, 2412.02692).
+    codebook_size: codes per codebook (a power of two for `lfq`, `sign` and `bernoulli`; `fsq` takes the
+    product of `levels`).
     cosine: compare directions, not distances (`vq`, `learned`); latents and codes then have unit length.
-    commitment: weight of the pull of latents towards their codes (all but `fsq`).
+    commitment: weight of the pull of latents towards their codes (all but `fsq`; of ELM's code loss for
+    `bernoulli`, 0 as published; of the pull of rows towards latents for `ibq`, whose other half counts 1).
     decay: EMA decay of codebooks (`vq`, `residual`).
     dead_below: a code whose EMA count per batch falls below this is moved onto a random latent of the
     batch (`vq`, `residual`); 0 never.
     kmeans_init: start the codebooks from k-means on the first training batch (`vq`, `residual`).
     rotation: rotation trick (2410.06424) in place of the straight-through gradient (`vq`, `simvq`).
-    entropy: weight of the entropy term (`lfq`, `learned`); entropy_gamma: of its diversity half (`lfq`).
+    entropy: weight of the entropy term (`lfq`, `learned`, `sign`, `ibq`); entropy_gamma: of its diversity
+    half (`lfq`, `sign`, `ibq`); entropy_certainty: of its other half, and temperature: of its soft assignment
+    (`sign`, `ibq`).
+    groups: bits of each sub-code that a code is cut into; none: whole codes (`bernoulli`, `sign`).
+    deterministic: training thresholds the bits too instead of drawing them (`bernoulli`); tanh: bits count
+    -1 and 1 instead of 0 and 1 (`bernoulli`).
     Raises ValueError on an unknown kind or options that contradict it.
     """
 
@@ -42,17 +51,30 @@ class QuantizerConfig:
     rotation: bool = False
     entropy: float = 0.1
     entropy_gamma: float = 1.0
+    entropy_certainty: float = 1.0
+    temperature: float = 0.01
+    groups: tuple[int, ...] = ()
+    deterministic: bool = False
+    tanh: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", tuple(self.levels))
+        object.__setattr__(self, "groups", tuple(self.groups))
         if self.kind not in KINDS:
             raise ValueError(f"quantizer kind must be one of {', '.join(KINDS)}, got {self.kind!r}.")
         if self.kind == "fsq" and (not self.levels or min(self.levels) < 3):
             raise ValueError(f"fsq needs levels of at least 3 each, e.g. (8, 5, 5), got {self.levels}.")
         if self.kind != "fsq" and self.levels:
             raise ValueError(f"levels belong to fsq, not to {self.kind}.")
-        if self.kind == "lfq" and self.codebook_size & (self.codebook_size - 1):
-            raise ValueError(f"lfq needs a power of two as codebook_size, got {self.codebook_size}.")
+        if self.kind in ("lfq", "sign", "bernoulli") and self.codebook_size & (self.codebook_size - 1):
+            raise ValueError(f"{self.kind} needs a power of two as codebook_size, got {self.codebook_size}.")
+        if self.groups and (
+            self.kind not in ("bernoulli", "sign") or 1 << sum(self.groups) != self.codebook_size
+        ):
+            raise ValueError(
+                f"groups cut a bernoulli or sign code into sub-codes; {self.groups} do not fit "
+                f"{self.kind} with {self.codebook_size} codes."
+            )
         if self.codebook_size < 2 or self.depth < 1:
             raise ValueError(
                 f"codebook_size must be at least 2 and depth 1, got {self.codebook_size}, {self.depth}."
@@ -67,12 +89,14 @@ class QuantizerConfig:
         """Codes per codebook, one entry per code of a position."""
         if self.kind == "fsq":
             return (math.prod(self.levels),)
+        if self.groups:
+            return tuple(1 << bits for bits in self.groups)
         return (self.codebook_size,) * self.depth
 
     def build(self, dim: int) -> Quantizer:
         """The quantizer for latents of width `dim`."""
         # vector-quantize-pytorch takes over a second to import: only when one is built.
-        from lexel.tokenizers.quantizers import learned, scalar, vector
+        from lexel.tokenizers.quantizers import bernoulli, ibq, learned, scalar, sign, vector
 
         kinds: dict[str, Callable[[int, QuantizerConfig], Quantizer]] = {
             "vq": vector.VQ,
@@ -81,5 +105,8 @@ class QuantizerConfig:
             "fsq": scalar.FiniteScalar,
             "lfq": scalar.LookupFree,
             "learned": learned.Learned,
+            "bernoulli": bernoulli.Bernoulli,
+            "sign": sign.Sign,
+            "ibq": ibq.IndexBackpropagation,
         }
         return kinds[self.kind](dim, self)

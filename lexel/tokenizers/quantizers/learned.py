@@ -79,7 +79,13 @@ def squared_distances(latents: Tensor, codebook: Tensor) -> Tensor:
 def entropy_gap(affinity: Tensor, temperature: float = TEMPERATURE) -> Tensor:
     """Mean entropy of each position's soft assignment minus the entropy of their mean: low when every
     position is sure and all codes are used. affinity: ``[positions, K]``, larger is closer; scalar (nats)."""
+    each, mean = assignment_entropies(affinity, temperature)
+    return each - mean
+
+
+def assignment_entropies(affinity: Tensor, temperature: float = TEMPERATURE) -> tuple[Tensor, Tensor]:
+    """The two halves of `entropy_gap`: the mean entropy of the positions and that of their mean."""
     shares = F.softmax(affinity / temperature, dim=-1)
     each = -(shares * F.log_softmax(affinity / temperature, dim=-1)).sum(1).mean()
     mean = shares.mean(0)
-    return each + (mean * (mean + 1e-5).log()).sum()
+    return each, -(mean * (mean + 1e-5).log()).sum()

@@ -23,7 +23,9 @@ class FiniteScalar(Quantizer):
 
     def __init__(self, dim: int, config: QuantizerConfig) -> None:
         super().__init__(dim, config.codebook_sizes)
-        self.library = FSQ(levels=list(config.levels), dim=dim)
+        # It reads its tables' values while it is built, which tensors on the meta device do not have.
+        with torch.device("cpu"):
+            self.library = FSQ(levels=list(config.levels), dim=dim)
 
     def learn(self, latents: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """See `Quantizer.learn`; no losses."""

@@ -2,7 +2,7 @@
 
 The feature network is pluggable: any module that maps ``[b, 3, h, w]`` in [-1, 1] to a sequence of maps.
 Shipped are a fixed random pyramid (no download, no dependency) and LPIPS through the optional `lpips`
-package.
+package; the verdicts of an image classifier (TiTok) may be compared too.
 """
 
 from __future__ import annotations
@@ -15,29 +15,43 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lexel.errors import LexelError
+from lexel.train.objectives.teachers import IMAGENET_STATISTICS
 
 
 @dataclass(frozen=True)
 class PerceptualConfig:
-    """features: `random` (seeded random convolutions) or `lpips-vgg` / `lpips-alex` (needs the `eval` extra
-    and, once, the network). channels, levels, seed: of the random pyramid.
-    Raises ValueError on another name."""
+    """features: `random` (seeded random convolutions), `lpips-vgg` / `lpips-alex` (needs the `eval` extra
+    and, once, the network) or `none`. channels, levels, seed: of the random pyramid.
+    classifier: hub id or local folder of an image classifier whose `LogitDistance` is added, weighted by
+    classifier_weight ("": none).
+    Raises ValueError on another name, or when there is nothing to compare."""
 
     features: str = "random"
     channels: int = 32
     levels: int = 3
     seed: int = 0
+    classifier: str = ""
+    classifier_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.features not in ("random", "lpips-vgg", "lpips-alex"):
-            raise ValueError(f"features must be random, lpips-vgg or lpips-alex, got {self.features!r}.")
+        if self.features not in ("random", "lpips-vgg", "lpips-alex", "none"):
+            raise ValueError(
+                f"features must be random, lpips-vgg, lpips-alex or none, got {self.features!r}."
+            )
+        if self.features == "none" and not self.classifier:
+            raise ValueError("features none leaves nothing to compare; name a classifier.")
 
     def build(self) -> nn.Module:
         """A module mapping (reconstruction, pixels) ``[b, 3, h, w]`` each to a scalar.
-        Raises LexelError when `lpips` is not installed or its weights cannot be had."""
+        Raises LexelError when `lpips` is not installed or weights cannot be had."""
+        terms: list[tuple[float, nn.Module]] = []
         if self.features == "random":
-            return FeatureDistance(RandomFeatures(self.channels, self.levels, self.seed))
-        return LPIPSDistance(self.features.removeprefix("lpips-"))
+            terms.append((1.0, FeatureDistance(RandomFeatures(self.channels, self.levels, self.seed))))
+        elif self.features != "none":
+            terms.append((1.0, LPIPSDistance(self.features.removeprefix("lpips-"))))
+        if self.classifier:
+            terms.append((self.classifier_weight, LogitDistance(self.classifier)))
+        return terms[0][1] if [weight for weight, _ in terms] == [1.0] else WeightedDistance(terms)
 
 
 class FeatureDistance(nn.Module):
@@ -117,3 +131,58 @@ class LPIPSDistance(nn.Module):
     def forward(self, reconstruction: Tensor, pixels: Tensor) -> Tensor:
         """Mean over the batch."""
         return self.network(reconstruction, pixels).mean()
+
+
+class LogitDistance(nn.Module):
+    """How differently a classifier judges two pictures: the mean squared difference of its logits (TiTok,
+    with ConvNeXt-S). Any image classifier of transformers; shown at `size` pixels, normalised by ImageNet's
+    statistics. Two ``[b, 3, h, w]`` in [-1, 1] to a scalar. Raises LexelError when the classifier cannot be
+    had."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, name: str, size: int = 224) -> None:
+        super().__init__()
+        try:
+            from transformers import AutoModelForImageClassification
+
+            network = AutoModelForImageClassification.from_pretrained(name, trust_remote_code=False)
+        except (ImportError, OSError, ValueError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise LexelError(f"the classifier {name} cannot be loaded: {reason}") from error
+        self.network = network.eval().requires_grad_(False)
+        self.size = size
+        self.register_buffer("mean", torch.tensor(IMAGENET_STATISTICS[0]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STATISTICS[1]).view(3, 1, 1), persistent=False)
+
+    def train(self, mode: bool = True) -> LogitDistance:
+        """The classifier stays in eval mode."""
+        super().train(mode)
+        self.network.eval()
+        return self
+
+    def forward(self, reconstruction: Tensor, pixels: Tensor) -> Tensor:
+        """See the class."""
+        with torch.no_grad():
+            target = self._logits(pixels)
+        return F.mse_loss(self._logits(reconstruction), target)
+
+    def _logits(self, pixels: Tensor) -> Tensor:
+        size = (self.size, self.size)
+        shown = F.interpolate((pixels + 1) / 2, size, mode="bilinear", antialias=True)
+        return self.network((shown - self.mean) / self.std).logits.float()
+
+
+class WeightedDistance(nn.Module):
+    """A weighted sum of distances of (reconstruction, pixels)."""
+
+    def __init__(self, terms: Sequence[tuple[float, nn.Module]]) -> None:
+        super().__init__()
+        self.weights = [weight for weight, _ in terms]
+        self.distances = nn.ModuleList(distance for _, distance in terms)
+
+    def forward(self, reconstruction: Tensor, pixels: Tensor) -> Tensor:
+        """Scalar."""
+        values = [distance(reconstruction, pixels) for distance in self.distances]
+        return torch.stack([w * v for w, v in zip(self.weights, values, strict=True)]).sum()

@@ -9,17 +9,40 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lexel.errors import LexelError
+from lexel.models.blur_discriminator import BlurDiscriminator, BlurDiscriminatorConfig
 from lexel.models.discriminator import PatchDiscriminator, PatchDiscriminatorConfig
+from lexel.train.objectives.lecam import LeCam
 from lexel.train.objectives.perceptual import PerceptualConfig
+from lexel.train.objectives.teachers import VisionTeacher
 from lexel.types import TokenizerOutput
 
-MAX_ADAPTIVE = 1e4
 Metrics = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class RepresentationConfig:
+    """A teacher for one branch of a tokenizer with feature heads (FQGAN).
+
+    teacher: hub id or local folder of a vision model, see `VisionTeacher`. branch: whose feature head it
+    supervises (`sem`, `sem_mid`, …). weight: of the loss. size: side of the pictures the teacher is shown
+    (None: its own).
+    """
+
+    teacher: str
+    branch: str
+    weight: float = 0.5
+    size: int | None = None
+
+    def build(self) -> RepresentationTerm:
+        """The term with its teacher loaded. Raises LexelError when that cannot be had."""
+        return RepresentationTerm(VisionTeacher(self.teacher, self.size), self.branch, self.weight)
 
 
 @dataclass(frozen=True)
@@ -29,8 +52,15 @@ class TokenizerObjectiveConfig:
     l1, l2: mean absolute / squared error. worst_pixels: weight of the mean absolute error of the worst
     `worst_share` of each picture's pixels. perceptual: weight of the `features` distance.
     adversarial: weight of the hinge PatchGAN from step `adversarial_start` on; `adaptive` scales it so that
-    its gradient at the decoder's last layer is as large as the reconstruction's (VQGAN).
+    its gradient at the decoder's last layer is as large as the reconstruction's (VQGAN), by a factor of at
+    most `adaptive_max` (VQGAN 1e4, ELM 1).
+    non_saturating: the tokenizer's side of the game is softplus(-x) of each picture's mean verdict x in place
+    of -x (Open-MAGVIT2, IBQ); the discriminator's stays the hinge.
+    lecam: weight of the `LeCam` term of the discriminator.
+    discriminator_weight: of the discriminator's own loss; it matters through gradient clipping only
+    (LlamaGen: 0.5, VQGAN: 1).
     quantizer: weight of the quantizer's own losses.
+    representation: teachers of the tokenizer's feature heads.
     unrounded_steps: steps at the start during which codes are not rounded (`quantize=False`).
     Raises ValueError on a share outside (0, 1] or negative weights.
     """
@@ -44,20 +74,28 @@ class TokenizerObjectiveConfig:
     adversarial: float = 0.0
     adversarial_start: int = 0
     adaptive: bool = False
-    discriminator: PatchDiscriminatorConfig = field(default_factory=PatchDiscriminatorConfig)
+    adaptive_max: float = 1e4
+    discriminator: PatchDiscriminatorConfig | BlurDiscriminatorConfig = field(
+        default_factory=PatchDiscriminatorConfig
+    )
+    non_saturating: bool = False
+    lecam: float = 0.0
+    discriminator_weight: float = 1.0
     quantizer: float = 1.0
+    representation: tuple[RepresentationConfig, ...] = ()
     unrounded_steps: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "representation", tuple(self.representation))
         if not 0 < self.worst_share <= 1:
             raise ValueError(f"worst_share must lie in (0, 1], got {self.worst_share}.")
         weights = (self.l1, self.l2, self.worst_pixels, self.perceptual, self.adversarial, self.quantizer)
         if min(weights) < 0:
             raise ValueError(f"weights must not be negative, got {weights}.")
 
-    def build(self, representation: Sequence[RepresentationTerm] = ()) -> TokenizerObjective:
-        """The objective; `representation` terms bring their own teachers (FQGAN)."""
-        return TokenizerObjective(self, representation)
+    def build(self) -> TokenizerObjective:
+        """The objective, with its frozen networks loaded."""
+        return TokenizerObjective(self, [term.build() for term in self.representation])
 
 
 class TokenizerObjective(nn.Module):
@@ -70,14 +108,22 @@ class TokenizerObjective(nn.Module):
         super().__init__()
         self.config = config
         self.perceptual = config.features.build() if config.perceptual else None
-        self.discriminator: PatchDiscriminator | None = (
+        self.discriminator: PatchDiscriminator | BlurDiscriminator | None = (
             config.discriminator.build() if config.adversarial else None
         )
-        self.representation = nn.ModuleList(representation)
+        self.lecam = LeCam() if config.adversarial and config.lecam else None
+        self.representation = tuple(representation)
 
     def rounds(self, step: int) -> bool:
         """Whether codes are rounded at this step: pass it to the tokenizer as `quantize`."""
         return step >= self.config.unrounded_steps
+
+    def prepare(self, network: Any) -> None:
+        """Called with the fresh tokenizer before it is trained; nothing to do."""
+
+    def predict(self, network: Any, pixels: Tensor, step: int) -> TokenizerOutput:
+        """The tokenizer's training pass on ``[b, 3, h, w]``; what the losses are taken of."""
+        return network(pixels, quantize=self.rounds(step))
 
     def is_adversarial(self, step: int) -> bool:
         """Whether the discriminator takes part at this step; before, its optimizer need not step."""
@@ -96,19 +142,21 @@ class TokenizerObjective(nn.Module):
         loss = torch.stack(list(terms.values())).sum() if terms else fake.new_zeros(())
         if self.discriminator is not None and self.is_adversarial(step):
             with _frozen(self.discriminator):
-                adversarial = -self.discriminator(fake).float().mean()
+                adversarial = generator_game(self.discriminator(fake).float(), config.non_saturating)
             metrics["adversarial"] = adversarial.detach()
             if config.adaptive:
-                metrics["adversarial_scale"] = adaptive_weight(loss, adversarial, last_layer)
+                metrics["adversarial_scale"] = adaptive_weight(
+                    loss, adversarial, last_layer, config.adaptive_max
+                )
                 adversarial = metrics["adversarial_scale"] * adversarial
             loss = loss + config.adversarial * adversarial
         for name, value in output.quantizer.losses.items():
             loss = loss + config.quantizer * value
             metrics[name] = value.detach()
-        for index, term in enumerate(self.representation):
+        for term in self.representation:
             value = term(output, pixels)
             loss = loss + value
-            metrics[f"representation_{index}"] = value.detach()
+            metrics[f"representation_{term.branch}"] = value.detach()
         metrics |= output.quantizer.metrics
         metrics |= {"loss": loss.detach(), "psnr": psnr(fake.detach(), pixels)}
         return loss, metrics
@@ -123,39 +171,60 @@ class TokenizerObjective(nn.Module):
         real = self.discriminator(pixels).float()
         fake = self.discriminator(output.reconstruction.detach().float()).float()
         loss = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
-        return loss, {
+        metrics = {
             "discriminator": loss.detach(),
             "logits_real": real.detach().mean(),
             "logits_fake": fake.detach().mean(),
         }
+        if self.lecam is not None:
+            term = self.lecam(real, fake)
+            loss = loss + self.config.lecam * term
+            metrics["lecam"] = term.detach()
+        return self.config.discriminator_weight * loss, metrics
 
 
-class RepresentationTerm(nn.Module):
+class RepresentationTerm:
     """FQGAN's representation learning: codes of one branch predict a teacher's feature of the picture.
 
-    Batch InfoNCE in one direction without temperature (arXiv 2411.16681): -log softmax_j cos(p_i, t_j) at
-    j = i. teacher: frozen module, pixels ``[b, 3, h, w]`` in [-1, 1] to ``[b, d]``; head: quantized latents
-    ``[b, n, width]`` of the branch to ``[b, d]``; columns: (start, stop) of the branch in the concatenated
-    latents.
+    Batch InfoNCE in one direction without temperature (arXiv 2411.16681), see `info_nce`; the features of the
+    other pictures on the same device are the wrong answers. teacher: frozen module, pixels ``[b, 3, h, w]``
+    in [-1, 1] to ``[b, f]``. No module itself, so that the teacher is part of no state dict, no optimizer and
+    no checkpoint.
     """
 
-    def __init__(
-        self, teacher: nn.Module, head: nn.Module, columns: tuple[int, int], weight: float = 0.5
-    ) -> None:
-        super().__init__()
+    def __init__(self, teacher: nn.Module, branch: str, weight: float = 0.5) -> None:
         self.teacher = teacher.eval().requires_grad_(False)
-        self.head = head
-        self.columns = columns
+        self.branch = branch
         self.weight = weight
 
-    def forward(self, output: TokenizerOutput, pixels: Tensor) -> Tensor:
-        """Weighted scalar loss; the gradient reaches head and tokenizer, not the teacher."""
+    def __call__(self, output: TokenizerOutput, pixels: Tensor) -> Tensor:
+        """Weighted scalar loss; the gradient reaches the tokenizer, not the teacher. Raises LexelError when
+        the tokenizer has no feature head for the branch, or one of another width."""
+        if self.branch not in output.features:
+            has = ", ".join(output.features) or "none"
+            raise LexelError(f"the tokenizer has no feature head for branch {self.branch!r}; it has: {has}.")
+        predicted = output.features[self.branch][:, 0]
         with torch.no_grad():
-            target = F.normalize(self.teacher(pixels).float(), dim=-1)
-        predicted = F.normalize(self.head(output.quantizer.quantized[..., slice(*self.columns)]), dim=-1)
-        return self.weight * F.cross_entropy(
-            predicted.float() @ target.T, torch.arange(len(target), device=target.device)
-        )
+            target = self.teacher.to(pixels.device)(pixels)
+        if predicted.shape != target.shape:
+            raise LexelError(
+                f"the teacher of branch {self.branch!r} gives features of width {target.shape[1]}, the "
+                f"tokenizer's head {predicted.shape[1]}; set tokenizer.feature_dims."
+            )
+        return self.weight * info_nce(predicted, target)
+
+
+def info_nce(predicted: Tensor, target: Tensor) -> Tensor:
+    """-log of the share of the right target: softmax over the batch of the cosines between each of
+    `predicted` ``[b, f]`` and all of `target` ``[b, f]``, without temperature; scalar."""
+    cosines = F.normalize(predicted.float(), dim=-1) @ F.normalize(target.float(), dim=-1).T
+    return F.cross_entropy(cosines, torch.arange(len(target), device=target.device))
+
+
+def generator_game(logits: Tensor, non_saturating: bool) -> Tensor:
+    """What the tokenizer makes small: the negative mean of the discriminator's logits ``[b, 1, h, w]``, or
+    the softplus of each picture's negative mean; scalar."""
+    return F.softplus(-logits.flatten(1).mean(1)).mean() if non_saturating else -logits.mean()
 
 
 def reconstruction_terms(fake: Tensor, pixels: Tensor, config: TokenizerObjectiveConfig) -> dict[str, Tensor]:
@@ -179,12 +248,14 @@ def worst_pixel_error(error: Tensor, share: float) -> Tensor:
     return per_pixel.topk(count, dim=1).values.mean()
 
 
-def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
-    """|grad of reconstruction| / (|grad of adversarial| + 1e-4) at `last_layer`, at most 1e4, detached
+def adaptive_weight(
+    reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, most: float = 1e4
+) -> Tensor:
+    """|grad of reconstruction| / (|grad of adversarial| + 1e-4) at `last_layer`, at most `most`, detached
     (VQGAN, equation 7). Both graphs stay usable."""
     (wanted,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
     (given,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
-    return (wanted.norm() / (given.norm() + 1e-4)).clamp(max=MAX_ADAPTIVE).detach()
+    return (wanted.norm() / (given.norm() + 1e-4)).clamp(max=most).detach()
 
 
 @torch.no_grad()
