@@ -11,6 +11,7 @@ import ast
 import json
 import pickle
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,8 @@ def _read_torch(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals(list(SAFE_CLASSES)), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about pickle protocols: it fails or it does not
-            return torch.load(path, map_location="cpu", weights_only=True)
+            # Mapped where the format allows it: of a large checkpoint only what is used gets into memory.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()
         named = next((line for line in reason if "GLOBAL" in line or "global" in line), reason[0])

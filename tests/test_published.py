@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from lexel.catalog import Layout
 from lexel.checkpoints import dotless_copy
 from lexel.errors import LexelError
+from lexel.models.discriminator import PatchDiscriminatorConfig
 from lexel.tokenizers import (
     export_published,
     find_published,
@@ -122,6 +123,22 @@ def test_full_size_key_lists_are_consumed_exactly(fixture, row: str, layout: str
     if system.dotless_ema:
         stored |= {key: tuple(value.shape) for key, value in dotless_copy(named.export(model)).items()}
     assert stored == expected
+
+
+def test_the_discriminator_has_the_published_keys() -> None:
+    shapes = {
+        key: tuple(value.shape) for key, value in PatchDiscriminatorConfig().build().state_dict().items()
+    }
+    assert shapes == key_list("llamagen_vq", "discriminator_patchgan")
+
+
+def test_no_recorded_key_list_goes_unchecked() -> None:
+    elsewhere = {"discriminator_patchgan", "VQ-16-no_feat_head", "VQ-8-no_feat_head", "_note"}
+    elsewhere |= {f"flextok_vae_c{channels}" for channels in (4, 8, 16)}
+    for path in GOLDEN.glob("*/published_keys.json"):
+        for name in json.loads(path.read_text()):
+            short = (path.parent.name, name.split()[0])
+            assert {short, (short[0], name)} & set(KEY_LISTS) or name in elsewhere, (path.parent.name, name)
 
 
 @pytest.mark.parametrize("row", list_published(), ids=lambda row: row.name)
