@@ -48,6 +48,7 @@ def parser(description: str, name: str, *, steps: int = 0, size: int = 32) -> ar
         made.add_argument("--data", default="../shared/data/cifar", help="pictures or shards, or: shapes")
         made.add_argument("--steps", type=int, default=steps, help="optimizer steps of each tokenizer")
         made.add_argument("--batch", type=int, default=16, help="pictures per step")
+        made.add_argument("--lr", type=float, default=1e-3, help="highest learning rate")
         made.add_argument("--count", type=int, default=1000, help="held-out pictures at most")
         made.add_argument("--features", metavar="DIR_OR_ID", help="a vision model of transformers")
         made.add_argument("--feature-steps", type=int, default=600, help="of the network trained without it")
@@ -116,7 +117,7 @@ class Recipe:
     batch: int
     seed: int
     device: str
-    lr: float = 1e-3
+    lr: float
 
     def train(
         self, folder: Path, config: Any, objective: TokenizerObjectiveConfig | None = None

@@ -120,8 +120,8 @@ def measure_codec(kind: str, bare: bool, pictures: Tensor, budgets: list[int], q
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = common.parser(__doc__.splitlines()[0], "flexible_length", steps=2000)
-    parser.set_defaults(count=256, batch=8)
+    parser = common.parser(__doc__.splitlines()[0], "flexible_length", steps=3500)
+    parser.set_defaults(count=256, batch=8, lr=4e-4)  # transformers stall at higher rates
     parser.add_argument("--latents", type=int, default=32, help="codes of a whole picture, a power of two")
     parser.add_argument("--patch", type=int, default=0, help="pixels (default: a quarter of the side)")
     parser.add_argument("--width", type=int, default=128)
@@ -142,7 +142,7 @@ def run(options: argparse.Namespace) -> None:
     pictures = common.held_out(data, options.count).to(options.device)
     features = build_features(options, data)
     quality, kept = Quality(features, pictures), common.Kept(options.out)
-    recipe = common.Recipe(data, options.steps, options.batch, options.seed, options.device)
+    recipe = common.Recipe(data, options.steps, options.batch, options.seed, options.device, options.lr)
     judged = {"data": data, "count": len(pictures), "features": features.description}
     every, results = lengths(options.latents), {}
     jobs = list(configs(options))

@@ -165,7 +165,7 @@ def run(options: argparse.Namespace) -> None:
     pictures = common.held_out(data, options.count).to(options.device)
     features = build_features(options, data)
     quality, kept = Quality(features, pictures), common.Kept(options.out)
-    recipe = common.Recipe(data, options.steps, options.batch, options.seed, options.device)
+    recipe = common.Recipe(data, options.steps, options.batch, options.seed, options.device, options.lr)
     chosen = entries(options.batch * (32 // CELL) ** 2)
     if options.teacher:
         chosen[TAUGHT] = replace(chosen["fq-dual"], title="FQ dual, with teacher", teacher=options.teacher)
