@@ -38,7 +38,7 @@ CODECS = {
     "JPEG file": ("JPEG", False),
     "WebP file": ("WEBP", False),
 }
-BEYOND = (2, 4, 8, 16, 32)
+BEYOND = (2, 4, 8, 16)
 """Budgets beyond the longest code, as multiples of it: where codecs come into their own."""
 
 
@@ -154,7 +154,7 @@ def run(options: argparse.Namespace) -> None:
         found = kept.get(name, settings, lambda t=tokenizer, w=wanted: measure(t, pictures, w, quality))  # type: ignore[misc]
         count = common.parameters(tokenizer)
         results[name] = {"parameters": count, "train_seconds": seconds, "lengths": found}
-        print("    " + ", ".join(f"{k}: {v['psnr']:.2f} dB" for k, v in found.items()), flush=True)
+        print("    " + ", ".join(f"{n}: {found[str(n)]['psnr']:.2f} dB" for n in wanted), flush=True)
     budgets = [budget(n) for n in every] + [budget(options.latents) * m for m in BEYOND]
     codecs = {
         name: kept.get(
