@@ -8,7 +8,7 @@ their networks, one file per family (`lexel/tokenizers/*.py`).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lexel.checkpoints import read_header, weight_file
+from lexel.checkpoints import dotless_copy, read_checkpoint, read_header, save_checkpoint, weight_file
 from lexel.errors import LexelError
-from lexel.hub import CONFIG_FILE, mismatches, read_config
+from lexel.hub import CONFIG_FILE, mismatches, read_config, resolve_folder
 
 
 @dataclass(frozen=True)
@@ -199,6 +199,60 @@ def load_state(model: nn.Module, system: System, state: Mapping[str, Tensor], pa
     """Fill `model` from the tensors of a file, in whichever of the system's layouts it is written.
     Raises LexelError as `Layout.load` does."""
     system.layout_for(model, state).load(model, state, str(path))
+
+
+def find(name: str, systems: Iterable[System], what: str) -> tuple[System, Published]:
+    """The system and row of the published checkpoint `name`; what: "tokenizer", say, for the error.
+    Raises LexelError when there is none of that name."""
+    rows = {row.name: (system, row) for system in systems for row in system.rows}
+    if name not in rows:
+        raise LexelError(f"there is no published {what} {name!r}; there are: {', '.join(rows)}.")
+    return rows[name]
+
+
+def load(
+    system: System,
+    row: Published,
+    path: str | Path | None = None,
+    config: Mapping[str, Any] | None = None,
+    key: str | None = None,
+) -> Any:
+    """The network of a row with its published weights, in eval mode and float32; arguments and errors as for
+    `lexel.tokenizers.load_published`."""
+    file = Path(path) if path is not None else _fetch(row)
+    wanted = system.config(row.arguments, system.stored_config(file), config)
+    state = read_checkpoint(file, key=key, nestings=system.nestings, dotless_ema=system.dotless_ema)
+    built = system.as_stored(wanted, state).build()
+    load_state(built, system, state, file)
+    return built.eval()
+
+
+def export(model: Any, system: System, row: Published, path: str | Path) -> None:
+    """Write a network's weights in the published layout of a row, as safetensors or as a torch file by the
+    ending of `path`. Raises LexelError when the network is of another family."""
+    wanted = type(system.config(row.arguments))
+    if type(model.config) is not wanted:
+        raise LexelError(
+            f"{row.name} is written from a {wanted.__name__}, not a {type(model.config).__name__}."
+        )
+    state = system.layouts[0].export(model)
+    if system.dotless_ema:
+        state |= dotless_copy(state)
+    save_checkpoint(state, path, system.container)
+
+
+def _fetch(row: Published) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    if not row.file:
+        return resolve_folder(row.repository, row.name)
+    try:
+        return Path(hf_hub_download(row.repository, row.file))
+    except Exception as error:  # the hub client raises a wide family: offline, not found, gated, bad name
+        raise LexelError(
+            f"{row.name}: {row.file} of {row.repository} could not be fetched ({type(error).__name__}); "
+            "give a local copy as path."
+        ) from error
 
 
 def _matches(pattern: str, key: str) -> bool:

@@ -18,9 +18,11 @@ from lexel import __version__
 from lexel.errors import LexelError
 
 if TYPE_CHECKING:
+    from lexel.sample.lossy import AcceptanceConfig
+    from lexel.sample.partial import Partial, Partials
     from lexel.sample.pipeline import Pipeline
     from lexel.tokenizers.base import Tokenizer
-    from lexel.types import Codes
+    from lexel.types import Codes, GenerationOutput
 
 SHAPES = "shapes"
 
@@ -109,9 +111,38 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decoding",
         default="auto",
-        choices=("auto", "plain", "nested", "jacobi", "drafter"),
-        help="who drafts tokens; all sample the same distribution (default: the bundle's choice)",
+        metavar="NAME",
+        help="who drafts tokens: plain, jacobi, nested, a drafter of the bundle, …; all sample the same "
+        "distribution (default: the bundle's choice)",
     )
+    parser.add_argument(
+        "--batch-size", type=_number(1), default=64, help="how many are generated side by side (default: 64)"
+    )
+
+
+def _add_acceptance(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--acceptance",
+        default="exact",
+        choices=("exact", "lantern", "grouped"),
+        help="which drafted codes stand; lantern and grouped change the pictures (default: exact)",
+    )
+    parser.add_argument(
+        "--bound", type=_number(0.0, float), metavar="B", help="of lantern: δ up to 1, λ above (default: 3)"
+    )
+    parser.add_argument(
+        "--neighbours", type=_number(1), metavar="K", help="of lantern: per code at most (default: 1000)"
+    )
+
+
+def _acceptance(arguments: argparse.Namespace) -> AcceptanceConfig:
+    from lexel.sample.lossy import AcceptanceConfig
+
+    given = {"bound": arguments.bound, "neighbours": arguments.neighbours}
+    options = {name: value for name, value in given.items() if value is not None}
+    if options and arguments.acceptance != "lantern":
+        raise LexelError(f"--{next(iter(options))} belongs to --acceptance lantern.")
+    return AcceptanceConfig(arguments.acceptance, **options)
 
 
 def _add_detokenizer(parser: argparse.ArgumentParser) -> None:
@@ -138,7 +169,10 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--count", type=_number(1), default=4, help="how many pictures (default: 4)")
     sample.add_argument("--out", type=Path, default=Path("samples"), metavar="DIR", help="default: samples")
     sample.add_argument("--guidance", type=_number(0.0, float), help="1 is none (default: the bundle's)")
-    for add in (_add_sampling, _add_detokenizer, _add_bundle, _add_json):
+    sample.add_argument(
+        "--stream", action="store_true", help="write the pictures while they are drawn, too, row by row"
+    )
+    for add in (_add_sampling, _add_acceptance, _add_detokenizer, _add_bundle, _add_json):
         add(sample)
 
     describe = _command(
@@ -306,20 +340,24 @@ def _show(arguments: argparse.Namespace, values: dict[str, Any], text: str) -> N
 
 
 def _sample(arguments: argparse.Namespace) -> None:
-    from lexel.document import Image, Text
+    from lexel.document import Document, Image, Text
 
     pipe = _load(arguments)
-    output = pipe(
-        [Text(arguments.text), Image.blank()],
+    document: Document = [Text(arguments.text), Image.blank()]
+    partials = pipe.stream(
+        document,
         count=arguments.count,
         seed=arguments.seed,
         temperature=arguments.temperature,
         guidance=arguments.guidance,
         decoding=arguments.decoding,
+        acceptance=_acceptance(arguments),
         detokenizer=arguments.detokenizer,
         steps=arguments.steps,
+        batch_size=arguments.batch_size,
     )
     paths = [arguments.out / f"{number:04d}.png" for number in range(arguments.count)]
+    output = _watched(partials, paths) if arguments.stream else partials.wait()
     for path, document in zip(paths, output.documents):
         _save_picture(document[-1].pixels, path)  # type: ignore[union-attr]
     stats = {
@@ -331,6 +369,21 @@ def _sample(arguments: argparse.Namespace) -> None:
     _show(arguments, values, "\n".join(str(path) for path in paths))
 
 
+def _watched(partials: Partials, paths: Sequence[Path]) -> GenerationOutput:
+    """The result; on the way the pictures are written as far as they are drawn, and counted on stderr."""
+    drawn: dict[int, Partial] = {}
+    try:
+        for partial in partials:
+            drawn[partial.row] = partial
+            _save_picture(partial.segment.pixels, paths[partial.row])  # type: ignore[union-attr]
+            tokens, done = sum(p.tokens for p in drawn.values()), sum(p.done for p in drawn.values())
+            print(f"\r{done} of {len(paths)} pictures, {tokens} tokens", end="", file=sys.stderr, flush=True)
+    finally:
+        print(file=sys.stderr)
+    assert partials.output is not None
+    return partials.output
+
+
 def _describe(arguments: argparse.Namespace) -> None:
     from lexel.document import Document, Image, Text
 
@@ -339,7 +392,11 @@ def _describe(arguments: argparse.Namespace) -> None:
         [Image(pixels=pipe.read_picture(path)), Text.blank()] for path in arguments.pictures
     ]
     output = pipe.generate(
-        documents, seed=arguments.seed, temperature=arguments.temperature, decoding=arguments.decoding
+        documents,
+        seed=arguments.seed,
+        temperature=arguments.temperature,
+        decoding=arguments.decoding,
+        batch_size=arguments.batch_size,
     )
     captions = [pipe.caption(document) for document in output.documents]
     names = [str(path) for path in arguments.pictures]

@@ -430,6 +430,10 @@ class Grammar:
         slot, layout = self._slot(state), self.codec.layouts.get(state.modality)
         return bool(slot is not None and slot.step and layout is not None and layout.may_end(slot.step))
 
+    def branches(self, state: State) -> bool:
+        """Whether the state after the next token depends on which of the allowed ids it is."""
+        return state.modality == "text" or self._may_end(state)
+
     def allowed(self, state: State) -> Tensor:
         """Bool ``[v]``: ids that may come next (for k columns: in column 0). Cached; do not modify.
         Raises ValueError when the state is done."""

@@ -155,9 +155,10 @@ class Pretrained(ModelHubMixin):
         return digest.hexdigest()[:16]
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a safetensors file into `model`, floats cast to the model's dtype.
-    Raises LexelError listing missing, unknown or wrongly shaped keys, or a damaged file."""
+def load_weights(model: nn.Module, path: Path, optional: str | None = None) -> None:
+    """Load a safetensors file into `model`, floats cast to the model's dtype. optional: beginning of the
+    names of tensors that the file may lack; the model then keeps its own. Raises LexelError listing missing,
+    unknown or wrongly shaped keys, or a damaged file."""
     try:
         state = load_file(path)
     except FileNotFoundError:
@@ -165,6 +166,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
     except SafetensorError as error:
         raise LexelError(f"{path} is not a readable safetensors file ({error}).") from error
     own = model.state_dict()
+    if optional is not None:
+        state = {key: value for key, value in own.items() if key.startswith(optional)} | state
     expected = {key: tuple(value.shape) for key, value in own.items()}
     if problems := mismatches(expected, {key: tuple(value.shape) for key, value in state.items()}):
         raise LexelError(f"{path} does not fit its config: {problems}.")

@@ -180,11 +180,13 @@ class TokenBatch:
 class LMOutput:
     """logits: float ``[b, l, v]`` for the next position's first column; hidden: ``[b, l, d]`` after the
     final norm; code_logits: for k codes per position, the k-1 further columns, ``[b, l, K_j]`` over the
-    codebook's own indices (column j given the true columns before it)."""
+    codebook's own indices (column j given the true columns before it); future_logits: of the tokens after the
+    next one, nearest first, ``[b, l, v]`` each, where they were asked for."""
 
     logits: Tensor
     hidden: Tensor
     code_logits: tuple[Tensor, ...] = ()
+    future_logits: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)

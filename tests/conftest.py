@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 os.environ.update(
-    OMP_NUM_THREADS="1", WANDB_MODE="offline", HF_HUB_OFFLINE="1", GRADIO_ANALYTICS_ENABLED="False"
+    LEXEL_CACHE=tempfile.mkdtemp(),
+    OMP_NUM_THREADS="1",
+    WANDB_MODE="offline",
+    HF_HUB_OFFLINE="1",
+    GRADIO_ANALYTICS_ENABLED="False",
 )
 
 from collections.abc import Iterator
@@ -29,6 +34,7 @@ def build_tiny_pipeline(family: str = "vq", *, seed: int = 0) -> Pipeline:
     from lexel.document import DocumentCodec
     from lexel.models.causal_lm import CausalLMConfig
     from lexel.models.detokenizers.flow import FlowDetokenizerConfig
+    from lexel.sample.bundle import DecodingConfig
     from lexel.sample.pipeline import Pipeline
     from lexel.vocabulary import Vocabulary
 
@@ -50,7 +56,7 @@ def build_tiny_pipeline(family: str = "vq", *, seed: int = 0) -> Pipeline:
                 (16,), grid=(4, 4), patch=4, channels=(8, 16), condition_dim=16
             ).build().eval()  # fmt: skip
         lm = CausalLMConfig(**sizes, layers=2, ffn_widths=(0.5, 1.0)).build()
-    return Pipeline(tokenizer.eval(), lm.eval(), codec, **parts)
+    return Pipeline(tokenizer.eval(), lm.eval(), codec, decoding=DecodingConfig("plain"), **parts)
 
 
 def _tiny_tokenizer_config(family: str) -> Any:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from math import inf
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import build_tiny_pipeline
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -124,6 +126,152 @@ def test_throughput(capsys: pytest.CaptureFixture[str]) -> None:
     }  # fmt: skip
     assert all(row["equal"].startswith("100.0%") and row["ratio"] > 0 for row in rows)
     assert "Lexel / peer" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def drawing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny bundle that knows its scenes."""
+    from lexel.data.shapes import ShapesConfig
+
+    pipeline = build_tiny_pipeline()
+    pipeline.scenes = ShapesConfig(count=64)
+    folder = tmp_path_factory.mktemp("bundles") / "drawing"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def test_sampling(drawing: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks.sampling import main
+    from lexel.sample.pipeline import Pipeline
+
+    main(
+        [
+            "--quick",
+            "--bundle",
+            str(drawing),
+            "--factor",
+            "2",
+            "--seconds",
+            "3",
+            "--json",
+            "d.json",
+            "--pictures",
+            "4",
+        ]
+    )
+    found = _json("d.json")
+    assert found["model"]["dim"] == 64
+    assert found["model"]["tokens_per_picture"] == 16
+    assert found["model"]["bytes"] == 4 * found["model"]["parameters"]
+    assert 0 < found["entropy"]["sampled"] < math.log(16)
+    rows = found["rows"]
+    listed = ["strategy", "exact", "dtype", "threads", "batch", "guided", "pictures_per_second"]
+    listed += ["mean_accepted", "verify_cost", "ratio_to_plain", "ratio_to_generate", "ratio_to_floor"]
+    assert all(set(listed) <= set(row) and row["pictures_per_second"] > 0 for row in rows)
+    first = [row for row in rows if row["batch"] == 1]
+    plain = {row["dtype"]: row for row in first if row["strategy"] == "plain"}
+    assert set(plain) == {"float32", "bfloat16", "int8"}
+    assert all(
+        row["ratio_to_plain"] == row["verify_cost"] == row["mean_accepted"] == 1 for row in plain.values()
+    )
+    assert {row["strategy"] for row in first} >= set(Pipeline.from_pretrained(drawing).strategies) - {"zipar"}
+    drafted = [row for row in first if row["strategy"] == "drafter"]
+    assert all(row["draft_cost"] > 0 and 1 <= row["mean_accepted"] <= 5 for row in drafted)
+    assert "| generate " in capsys.readouterr().out
+
+
+def test_generate_draws_the_same_greedily() -> None:
+    from benchmarks.peer import Peer
+    from benchmarks.racing import Batch, Sampler, plainly
+    from lexel.document import Image, Text
+    from lexel.sample.logits import SamplingConfig
+
+    pipeline = build_tiny_pipeline()
+    torch.manual_seed(0)
+    for weight in pipeline.lm.parameters():
+        torch.nn.init.normal_(weight, float(weight.ndim == 1), 0.3)
+    peer, config = Peer(pipeline), SamplingConfig(temperature=0.0, guidance=3.0)
+    assert peer.name == "LlamaForCausalLM"
+    documents = [[Text(text), Image.blank()] for text in ("a red circle", "a red ring")]
+    prompts, nulls = (
+        [make(d) for d in documents] for make in (pipeline.codec.prompt, pipeline.codec.unconditional)
+    )
+    assert peer.check(prompts[0]) < 1e-3
+    ids = []
+    for null in (nulls, None):
+        batch = Batch(prompts, null)
+        mine, _ = Sampler(pipeline, config).draw(plainly(pipeline.lm), batch, seed=0)
+        theirs = peer.prepare(prompts, null, config if null else SamplingConfig(temperature=0.0))()
+        assert torch.equal(torch.stack(mine), theirs)
+        ids.append(theirs)
+    assert not torch.equal(*ids), "guidance changes what is drawn"
+
+
+def test_races_are_interleaved_and_keep_to_their_time() -> None:
+    import time
+
+    from benchmarks.racing import Entry, Run, Setting, race
+
+    order: list[tuple[str, int]] = []
+
+    def entry(name: str, needed: bool, seconds: float) -> Entry:
+        def run(number: int, seed: int) -> Run:
+            order.append((name, seed))
+            time.sleep(seconds)
+            return Run(seconds + seed, seconds + seed)
+
+        return Entry(name, "float32", needed, run)  # type: ignore[arg-type]
+
+    class Numbers:
+        def batch(self, number: int, setting: Setting) -> int:
+            return number
+
+    entries = [entry("a", True, 0.02), entry("b", True, 0.02), entry("c", False, 0.0)]
+    race(entries, Numbers(), Setting(1, 1, True), 0.0)  # type: ignore[arg-type]
+    assert order == [("a", 0), ("b", 0)], "what is needed runs even without time"
+    assert entries[0].median(lambda run: run.seconds) == 0.02
+    assert not entries[2].measured
+    order.clear()
+    race(entries, Numbers(), Setting(1, 1, True), 0.3)  # type: ignore[arg-type]
+    assert order[:9] == [(n, r) for r, names in enumerate(("abc", "abc", "cba")) for n in names]
+    assert 0 not in entries[0].runs, "the first run does not count"
+
+
+def test_ratios_and_costs() -> None:
+    from benchmarks.racing import Entry, Run
+    from benchmarks.sampling import costs
+    from lexel.types import DecodeStats
+
+    def entry(*runs: Run) -> Entry:
+        made = Entry("plain", "float32", True, None)  # type: ignore[arg-type]
+        made.runs = dict(enumerate(runs))
+        return made
+
+    plain = entry(*(Run(t, t, 0.0, DecodeStats((1,) * 8, 8, 0, t)) for t in (8.0, 16.0, 80.0)))
+    fast = entry(*(Run(t, t, 2.0, DecodeStats((4, 4), 2, 4, t)) for t in (4.0, 4.0, 8.0)))
+    assert fast.ratio(plain, lambda run: run.seconds) == 4, "the median of 2, 4 and 10"
+    found = costs(fast, plain)
+    assert found == {"mean_accepted": 4, "verify_cost": 0.5, "draft_cost": 0.5}
+
+
+def test_lossy_strategies_are_judged(drawing: Path) -> None:
+    import argparse
+
+    from benchmarks.judging import Judge
+    from benchmarks.racing import Sampler, plainly
+    from lexel.sample.logits import SamplingConfig
+    from lexel.sample.pipeline import Pipeline
+
+    options = argparse.Namespace(
+        seed=0, feature_steps=1, features=None, device="cpu", out=Path("kept"), count=4, pictures=4
+    )
+    judge = Judge(Sampler(Pipeline.from_pretrained(drawing), SamplingConfig()), 4, options)
+    plain = plainly(judge.sampler.pipeline.lm)
+    same = judge.compare(plain)
+    assert same["accuracy_change"] == same["feature_distance_change"] == 0
+    assert same["pictures_judged"] == 4
+    judge.sampler.config = SamplingConfig(temperature=0.0)
+    assert judge.compare(plain)["feature_distance_change"] != 0
 
 
 def test_disagreement_is_an_error() -> None:

@@ -15,6 +15,7 @@ import torch
 from conftest import build_tiny_pipeline, full_disk
 from PIL import Image as PictureFile
 
+from lexel import cli
 from lexel.cli import build_parser, main
 from lexel.data.images import to_image
 
@@ -68,6 +69,28 @@ class TestCommands:
         answer = json.loads(capsys.readouterr().out)
         assert answer["pictures"] == [str(tmp_path / "0000.png")]
         assert answer["mean_accepted"] >= 1
+
+    def test_stream_writes_the_pictures_while_they_are_drawn(self, bundle, tmp_path, capsys, monkeypatch):
+        seen: list[np.ndarray] = []
+        save = cli._save_picture
+
+        def saved(pixels, path):
+            save(pixels, path)
+            with PictureFile.open(path) as file:
+                seen.append(np.asarray(file))
+
+        arguments = ["sample", "a", *bundle, "--count", "2", "--seed", "3", "--decoding", "plain"]
+        assert main([*arguments, "--out", str(tmp_path / "plain"), "--batch-size", "1"]) == 0
+        monkeypatch.setattr(cli, "_save_picture", saved)
+        out = tmp_path / "streamed"
+        assert main([*arguments, "--out", str(out), "--batch-size", "1", "--stream"]) == 0
+        assert (seen[0][8:] == 128).all(), "the first row of codes, grey below"
+        assert not (seen[0][:8] == 128).all()
+        for name in ("0000.png", "0001.png"):
+            assert (out / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+        captured = capsys.readouterr()
+        assert captured.err.rstrip().endswith("2 of 2 pictures, 32 tokens")
+        assert "tokens" not in captured.out
 
     def test_describe(self, bundle, picture, capsys, tiny_pipeline):
         expected = tiny_pipeline.describe(picture)
@@ -214,13 +237,16 @@ class TestBadInput:
     def test_impossible_length_device_and_strategy(self, bundle, picture, capsys, tmp_path):
         assert "always 16" in refused(capsys, "reconstruct", picture, *bundle, "--length", 3)
         assert "no device" in refused(capsys, "describe", picture, *bundle, "--device", "abacus")
+        unknown = refused(capsys, "describe", picture, *bundle, "--decoding", "magic")
+        assert "magic" in unknown
+        assert "auto, plain, jacobi" in unknown
         bare = tmp_path / "bare"
         shutil.copytree(bundle[1], bare)
         values = json.loads((bare / "bundle.json").read_text())
         values["parts"] = ["tokenizer", "lm"]
         (bare / "bundle.json").write_text(json.dumps(values))
         message = refused(capsys, "sample", "a", "--bundle", bare, "--decoding", "drafter")
-        assert "plain, nested, jacobi" in message
+        assert "choose auto, plain, jacobi" in message
 
     def test_full_disk(self, bundle, tmp_path, capsys):
         (tmp_path / "0000.png").write_bytes(b"old")

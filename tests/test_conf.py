@@ -65,6 +65,7 @@ def test_every_choice_of_every_group_composes_and_instantiates(
 
 
 FILLED_IN = {"vocab_size", "codebook_sizes", "code_offsets", "pad_id", "grid", "image_size", "length"}
+FILLED_IN |= {"target_dim", "embedding"}
 """Fields of network configs that the run fills in from the vocabulary and the tokenizer."""
 
 

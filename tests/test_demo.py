@@ -107,6 +107,38 @@ def test_page_draws_describes_and_reconstructs(server: str, tiny_pipeline, tmp_p
     assert "Write what to draw" in answer["refusal"]
 
 
+def test_pictures_are_shown_while_they_are_drawn(monkeypatch):
+    from lexel.sample import demo
+
+    monkeypatch.setattr(demo, "PAUSE", -1.0)
+    pipe = build_tiny_pipeline()
+    views = list(demo._Actions(pipe).draw("a red circle", 2, 5, 0.6, 1.5, "plain", False))
+    assert len(views) > 3
+    first, last = (np.asarray(views[number][0][0]) for number in (0, -1))
+    side = len(first) // 4
+    assert (first[side:] == 128).all(), "grey below the first row of codes"
+    assert not (first[:side] == 128).all(axis=(1, 2)).any()
+    assert not (last == 128).all(axis=(1, 2)).any()
+    assert "tokens so far" in views[0][2]
+    assert "per step" in views[-1][2]
+    tokens = np.asarray(views[0][1])
+    assert (tokens[-1] == 128).all()
+    assert not (tokens[0] == 128).all()
+
+
+def test_a_closed_page_cancels_its_pictures(monkeypatch):
+    from lexel.sample import demo
+
+    monkeypatch.setattr(demo, "PAUSE", -1.0)
+    pipe = build_tiny_pipeline()
+    drawing = demo._Actions(pipe).draw("a red circle", 2, 5, 0.6, 1.5, "plain", False)
+    next(drawing)
+    queue = pipe.engine.queue("plain", [], 64)
+    assert queue.busy
+    drawing.close()
+    assert not queue.busy
+
+
 def test_equal_codes_have_equal_colours_and_different_ones_differ():
     from lexel.sample.demo import tokens_picture
 

@@ -135,7 +135,8 @@ def test_the_discriminator_has_the_published_keys() -> None:
 def test_no_recorded_key_list_goes_unchecked() -> None:
     elsewhere = {"discriminator_patchgan", "VQ-16-no_feat_head", "VQ-8-no_feat_head", "_note"}
     elsewhere |= {f"flextok_vae_c{channels}" for channels in (4, 8, 16)}
-    for path in GOLDEN.glob("*/published_keys.json"):
+    # Draft heads are in test_eagle.py.
+    for path in set(GOLDEN.glob("*/published_keys.json")) - {GOLDEN / "eagle_head" / "published_keys.json"}:
         for name in json.loads(path.read_text()):
             short = (path.parent.name, name.split()[0])
             assert {short, (short[0], name)} & set(KEY_LISTS) or name in elsewhere, (path.parent.name, name)

@@ -75,6 +75,22 @@ class TestCommand:
         assert [line.split()[0] for line in table.splitlines() if "different" in line] == ["recon"]
         assert [line.split()[0] for line in table.splitlines() if "missing" in line] == ["surprise"]
 
+    def test_a_wrong_record_of_decisions_is_named(self, tmp_path: Path, capsys) -> None:
+        """LANTERN's records are lists of cases beside tensors, with no network."""
+        folder = Path(shutil.copytree(GOLDEN / "lantern", tmp_path / "fixture"))
+        cases = json.loads((folder / "tree.json").read_text())
+        cases[3]["lossless"]["uniforms_used"] += 1
+        (folder / "tree.json").write_text(json.dumps(cases))
+        tensors = load_file(folder / "single.safetensors")
+        tensors["accept"][5] ^= 1
+        save_file(tensors, folder / "single.safetensors")
+        assert main(["verify", "lantern", str(folder)]) == 1
+        wrong = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "different" in line]
+        assert wrong == ["single.accept", f"tree.{cases[3]['id']}.lossless.uniforms_used"]
+        (folder / "chain.json").unlink()
+        assert main(["verify", "lantern", str(folder)]) == 2
+        assert "holds no chain.json" in capsys.readouterr().err
+
     def test_weights_may_lie_in_a_file(self, copy: Path, tmp_path: Path) -> None:
         from lexel.verify.fixture import write_by_rule
 

@@ -26,7 +26,8 @@ from lexel.data.shapes import ShapesConfig, chance_accuracy
 from lexel.document import Document, Image, Text
 from lexel.errors import LexelError
 from lexel.evaluate.metrics import CodebookUsage, peak_memory_mb, psnr
-from lexel.sample.pipeline import Pipeline, concat_codes
+from lexel.sample.codes import concat_codes
+from lexel.sample.pipeline import Pipeline
 from lexel.types import Codes
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ KINDS: tuple[tuple[Literal["one", "two", "unseen"], str], ...] = (
 """Kinds of held-out scenes, and how the report calls them."""
 
 SPECULATIVE_PROMPTS = 16
+ALWAYS_COMPARED = ("plain", "nested", "jacobi")
+"""Strategies that the report compares besides the bundle's trained drafters."""
 LIKELIHOOD_EXAMPLES = 256
 
 
@@ -195,7 +198,9 @@ class Evaluation:
         with self._timed("speculative"):
             self.pipeline.generate(documents[:1], seed=self.seed, decoding="plain")  # warm up
             seconds = {}
-            for name in self._track("Comparing decoders", self.pipeline.strategies):
+            compared = [name for name in self.pipeline.strategies if name in ALWAYS_COMPARED]
+            compared += [name for name in self.pipeline.drafters if name not in compared]
+            for name in self._track("Comparing decoders", compared):
                 output = self.pipeline.generate(documents, seed=self.seed, decoding=name, batch_size=1)
                 seconds[name] = output.stats.seconds
                 group[name] = {
@@ -260,6 +265,7 @@ class Evaluation:
                 documents[start : start + self.batch_size],
                 seed=self.seed + start,
                 batch_size=self.batch_size,
+                decoding="plain",
             )
             yield output.documents, start
 

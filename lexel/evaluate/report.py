@@ -73,7 +73,7 @@ def show(pipeline: Pipeline, data: Any, *, seed: int = 0) -> Showcase:
         documents: list[Document] = [
             [Text(prompt), Image.blank()] for prompt in prompts for _ in range(PER_PROMPT)
         ]
-        output = pipeline.generate(documents, seed=seed)
+        output = pipeline.generate(documents, seed=seed, decoding="plain")
         pixels = torch.stack([document[-1].pixels for document in output.documents])  # type: ignore[union-attr, misc]
         for number, prompt in enumerate(prompts):
             pictures = pixels[number * PER_PROMPT : (number + 1) * PER_PROMPT]
@@ -90,7 +90,9 @@ def show(pipeline: Pipeline, data: Any, *, seed: int = 0) -> Showcase:
             [Image(codes=codes[row : row + 1].to("cpu")), Text.blank()] for row in range(DESCRIBED)
             if row < len(examples)
         ]  # fmt: skip
-        for document, example in zip(pipeline.generate(blanks, seed=seed).documents, examples):
+        for document, example in zip(
+            pipeline.generate(blanks, seed=seed, decoding="plain").documents, examples
+        ):
             caption = pipeline.caption(document)
             assert example.pixels is not None
             described.append(Described(example.pixels, caption, _exact(caption, example)))

@@ -9,6 +9,7 @@ b batch · l positions (q: new ones) · s keys · k codes per position · v voca
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lexel.hub import Pretrained
-from lexel.models.heads import CodeHead, FactorizedHead, ParallelHead
+from lexel.models.heads import CodeHead, FactorizedHead, FutureHeads, ParallelHead
 from lexel.models.kv_cache import KVCache
 from lexel.nn.attention import SelfAttention, additive_mask
 from lexel.nn.decoder import DecoderLayer, init_decoder, nested_width
@@ -40,6 +41,8 @@ class CausalLMConfig:
     head: "single" (one code per position), "parallel" or "factorized" (k codes per position), which need
     codebook_sizes (k of them) and code_offsets (id of code 0 of each codebook in the joint vocabulary).
     head_layers: blocks of the factorized head. pad_id: contributes nothing to the sum over columns.
+    future_heads: how many tokens after the next one have a head of their own (`FutureHeads`), to draft with;
+    only with one code per position.
     max_length: longest sequence the model is meant for, a new cache's default size.
     dropout: on embeddings and both branches of every block. Raises ValueError when fields disagree.
     """
@@ -64,6 +67,7 @@ class CausalLMConfig:
     pad_id: int = 0
     max_length: int = 1024
     dropout: float = 0.0
+    future_heads: int = 0
 
     def __post_init__(self) -> None:
         for name in ("rope_axes", "ffn_widths", "codebook_sizes", "code_offsets"):
@@ -81,6 +85,13 @@ class CausalLMConfig:
             raise ValueError(
                 f"head={self.head} needs codebook_sizes and code_offsets of two or more codebooks, "
                 f"got {self.codebook_sizes} and {self.code_offsets}."
+            )
+        if self.future_heads < 0:
+            raise ValueError(f"future_heads must not be negative, got {self.future_heads}.")
+        if self.future_heads and self.head != "single":
+            raise ValueError(
+                f"future heads draft one code per position; with head={self.head} set future_heads=0, "
+                f"got {self.future_heads}."
             )
 
     @property
@@ -136,6 +147,7 @@ class CausalLM(nn.Module, Pretrained):
         self.rotary = Rotary(config.head_width, config.rope_theta, config.rope_axes)
         init_decoder(self, config.layers)
         self.head = _code_head(config)
+        self.future = FutureHeads(config.dim, config.future_heads) if config.future_heads else None
 
     def new_cache(
         self, batch: int, max_length: int | None = None, dtype: torch.dtype | None = None
@@ -159,6 +171,7 @@ class CausalLM(nn.Module, Pretrained):
         cache: KVCache | None = None,
         width: float | None = None,
         select: Tensor | None = None,
+        future: bool = False,
     ) -> LMOutput:
         """Logits of the position after each of the batch's.
 
@@ -168,27 +181,65 @@ class CausalLM(nn.Module, Pretrained):
         width: fraction of the feed-forward to use (nested submodel); None is all of it.
         select: bool ``[b, l]``, positions whose logits are wanted; `logits` and `code_logits` are then
         ``[m, ·]`` over them in row-major order, and the others are never computed.
+        future: fill `future_logits` where the model has heads for them (for training; a decoder calls
+        ``project`` on what ``future`` makes of the hidden states it needs).
 
         With k codes per position, `code_logits` are teacher-forced with the following position's ids; the
         last position has none and its entry is to be ignored. With a cache they are left out: see
         `code_logits` and `head.next_logits`. Raises LexelError when the cache is full.
         """
-        x = self._embed(batch)
-        mask, causal = self._mask(batch, cache, x)
-        cos, sin = self.rotary(batch.positions)
-        rotation = cos.to(x.dtype), sin.to(x.dtype)
-        for index, layer in enumerate(self.model.layers):
-            extend = None if cache is None else partial(cache.append, index)
-            x = layer(x, rotation, mask, causal=causal, extend=extend, width=width)
-        if cache is not None:
-            cache.advance(x.shape[1])
-        hidden = self.model.norm(x)
+        hidden, _ = self.decode(batch, cache, width)
         picked = hidden if select is None else hidden[select]
         code_logits: tuple[Tensor, ...] = ()
         if self.head is not None and cache is None:
             following = F.pad(batch.ids[:, 1:], (0, 0, 0, 1), value=self.config.pad_id)
             code_logits = self.code_logits(picked, following if select is None else following[select])
-        return LMOutput(self._project(picked), hidden, code_logits)
+        further = self.future(picked) if future and self.future is not None else ()
+        return LMOutput(self.project(picked), hidden, code_logits, tuple(map(self.project, further)))
+
+    def decode(
+        self,
+        batch: TokenBatch,
+        cache: KVCache | None = None,
+        width: float | None = None,
+        layers: Sequence[int] = (),
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Hidden states ``[b, l, d]`` after the final norm, and the inputs ``[b, l, d]`` of the blocks
+        numbered `layers` (what EAGLE-3 heads read). Arguments as for `forward`; `project` makes logits."""
+        x = self._embed(batch)
+        mask, causal = self._mask(batch, cache, x)
+        cos, sin = self.rotary(batch.positions)
+        rotation = cos.to(x.dtype), sin.to(x.dtype)
+        x, inputs = self._blocks(x, rotation, mask, causal, cache, width, layers)
+        if cache is not None:
+            cache.advance(x.shape[1])
+        return self.model.norm(x), inputs
+
+    def _blocks(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        causal: bool,
+        cache: KVCache | None,
+        width: float | None,
+        layers: Sequence[int],
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """All blocks: ``[b, l, d]`` before the final norm, and the inputs of those numbered `layers`."""
+        inputs = []
+        for index, layer in enumerate(self.model.layers):
+            if index in layers:
+                inputs.append(x)
+            extend = None if cache is None else partial(cache.append, index)
+            x = layer(x, rotation, mask, causal=causal, extend=extend, width=width)
+        return x, tuple(inputs)
+
+    def project(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """Logits ``[..., v]`` of hidden states ``[..., d]``, or only those of the ids start .. stop - 1."""
+        weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        if start == 0 and stop in (None, len(weight)):
+            return F.linear(hidden, weight) if self.lm_head is None else self.lm_head(hidden)
+        return F.linear(hidden, weight[start:stop])
 
     def code_logits(self, hidden: Tensor, following: Tensor) -> tuple[Tensor, ...]:
         """Logits ``[..., K_j]`` of columns 1..k-1 of the position after each of hidden ``[..., d]``, given
@@ -241,11 +292,6 @@ class CausalLM(nn.Module, Pretrained):
         if visible is None:
             return None, True
         return additive_mask(visible, x.dtype), False
-
-    def _project(self, hidden: Tensor) -> Tensor:
-        if self.lm_head is None:
-            return F.linear(hidden, self.model.embed_tokens.weight)
-        return self.lm_head(hidden)
 
 
 def _attention_sizes(config: CausalLMConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Heads for several codes per position: the columns after the first.
+"""Heads beside the next-token softmax: further columns of a position, and further positions.
 
 Column 0 is always a softmax over the whole vocabulary (text and pictures share it); columns 1..k-1 are
 softmaxes over their codebook's own indices, because nothing else may stand there.
@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lexel.nn.attention import SelfAttention
@@ -117,3 +118,30 @@ class FactorizedHead(CodeHead):
         for layer in self.layers:
             x = layer(x, (cos.to(x.dtype), sin.to(x.dtype)), causal=True)
         return self.norm(x)
+
+
+class FutureHeads(nn.Module):
+    """Hidden states for the tokens after the next one: head i makes of position t's final hidden state h one
+    whose logits, by the output table of the language model, are those of token t + 1 + i (i from 1):
+    ``h + silu(W_i h + b_i)``.
+
+    This is Medusa's head (Cai et al., arXiv:2401.10774) with one output table for all, as in Gloeckle et al.
+    (arXiv:2404.19737): Medusa's copy of the table per head would outweigh a small model. Gloeckle et al. give
+    each head a transformer block on the trunk below the last layer instead; that is stronger where the model
+    is trained with its heads from the start, but cannot be added to a trained model, and needs the keys of
+    every position for each head. W and b start at zero, as Medusa's do: a new head repeats the next token's
+    logits, and a trained model is unchanged by having heads.
+    """
+
+    def __init__(self, dim: int, count: int) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(dim, dim) for _ in range(count))
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+    def __len__(self) -> int:
+        return len(self.heads)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """``[..., d]`` after the final norm → one ``[..., d]`` per head, nearest token first."""
+        return tuple(hidden + F.silu(head(hidden)) for head in self.heads)

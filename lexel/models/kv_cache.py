@@ -1,4 +1,4 @@
-"""Preallocated keys and values, every row with its own length.
+"""Preallocated keys and values, every row with its own length; rows come and go.
 
 n layers · b rows · g key/value heads · t slots · e head width · q new tokens per row
 """
@@ -43,8 +43,8 @@ class KVCache:
 
     @property
     def batch(self) -> int:
-        """Number of rows."""
-        return self.keys.shape[1]
+        """Number of rows in use; there may be room for more."""
+        return len(self._lengths)
 
     @property
     def max_length(self) -> int:
@@ -84,11 +84,11 @@ class KVCache:
         span = self.span(new)
         for store, value in ((self.keys[layer], keys), (self.values[layer], values)):
             if self.uniform:
-                store[:, :, span - new : span] = value
+                store[: self.batch, :, span - new : span] = value
             else:
                 rows = torch.arange(self.batch, device=store.device)[:, None]
                 store[rows, :, self._new_slots(new)] = value.transpose(1, 2).to(store.dtype)
-        return self.keys[layer, :, :, :span], self.values[layer, :, :, :span]
+        return self.keys[layer, : self.batch, :, :span], self.values[layer, : self.batch, :, :span]
 
     def _new_slots(self, new: int) -> Tensor:
         """Long ``[b, new]``: where the next tokens of each row go; kept until lengths change."""
@@ -127,13 +127,42 @@ class KVCache:
     def reorder(self, rows: Tensor) -> None:
         """Row i becomes the old row ``rows[i]`` (long ``[b']``): repeats copy, absent rows are dropped."""
         rows = rows.to(self.keys.device)
-        used = max(self._lengths, default=0)
-        if len(rows) == self.batch:
-            for store in (self.keys, self.values):
-                store[:, :, :, :used] = store[:, :, :, :used].index_select(1, rows)
-        else:
-            self.keys, self.values = (store.index_select(1, rows) for store in (self.keys, self.values))
+        self.keys, self.values = (store.index_select(1, rows) for store in (self.keys, self.values))
         self._set([self._lengths[row] for row in rows.tolist()])
+
+    def join(self, other: KVCache) -> None:
+        """Append the rows of another cache of the same model, making room (twice as much) where needed."""
+        first, used = self.batch, max(other._lengths, default=0)
+        self._reserve(first + other.batch, used)
+        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            mine[:, first : first + other.batch, :, :used] = theirs[:, : other.batch, :, :used]
+        self._set(self._lengths + other._lengths)
+
+    def drop(self, row: int) -> None:
+        """Forget a row; the last one takes its place, so the cost is that of copying one row."""
+        last, used = self.batch - 1, self._lengths[-1]
+        if row != last:
+            for store in (self.keys, self.values):
+                store[:, row, :, :used] = store[:, last, :, :used]
+            self._lengths[row] = used
+        self._set(self._lengths[:-1])
+
+    def _reserve(self, rows: int, slots: int) -> None:
+        have = self.keys.shape
+        if rows <= have[1] and slots <= have[3]:
+            return
+        shape = list(have)
+        shape[1] = have[1] if rows <= have[1] else max(rows, 2 * have[1])
+        shape[3] = max(slots, have[3])
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_zeros(shape)
+            new[:, : have[1], :, : have[3]] = old
+            setattr(self, name, new)
+
+    def reserve(self, slots: int) -> None:
+        """Make every row hold at least so many tokens."""
+        self._reserve(self.batch, slots)
 
     def keep(self, window: int, paths: Sequence[Sequence[int]]) -> None:
         """Of each row's last `window` tokens keep those numbered ``paths[r]`` (0 is the window's first),
@@ -150,10 +179,15 @@ class KVCache:
             start = self._lengths[row] - window
             lengths.append(start + len(path))
             if list(path) != list(range(len(path))):
-                slots = start + torch.tensor(path, device=self.keys.device)
-                for store in (self.keys, self.values):
-                    store[:, row, :, start : start + len(path)] = store[:, row].index_select(2, slots)
+                self.gather(row, start, path)
         self._set(lengths)
+
+    def gather(self, row: int, start: int, path: Sequence[int]) -> None:
+        """Move the tokens in slots ``start + path[i]`` of a row together, to ``start + i`` (path ascends).
+        Lengths stay; `crop` follows."""
+        slots = start + torch.tensor(path, device=self.keys.device)
+        for store in (self.keys, self.values):
+            store[:, row, :, start : start + len(path)] = store[:, row].index_select(2, slots)
 
     def _set(self, lengths: list[int]) -> None:
         self._lengths = lengths

@@ -16,11 +16,13 @@ from lexel.nn.norm import RMSNorm
 from lexel.nn.rope import rotate
 
 Extend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Rotate = Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]
 
 
 class SelfAttention(nn.Module):
     """Grouped-query attention (Ainslie et al., arXiv:2305.13245) with rotary positions and, on request,
     RMS-normalised queries and keys per head (as in Qwen3). Parameters are named as in transformers' Llama.
+    out_dim: width of the output where it is not the input's; turn: which pairs of a head are rotated.
 
     Raises ValueError when the heads do not divide into the key/value heads.
     """
@@ -34,15 +36,18 @@ class SelfAttention(nn.Module):
         *,
         qk_norm: bool = False,
         norm_eps: float = 1e-5,
+        out_dim: int | None = None,
+        turn: Rotate = rotate,
     ) -> None:
         super().__init__()
         if heads % kv_heads:
             raise ValueError(f"{heads} heads cannot share {kv_heads} key/value heads evenly.")
         self.head_dim = head_dim
+        self.turn = turn
         self.q_proj = nn.Linear(dim, heads * head_dim, bias=False)
         self.k_proj = nn.Linear(dim, kv_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(dim, kv_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(heads * head_dim, dim, bias=False)
+        self.o_proj = nn.Linear(heads * head_dim, out_dim or dim, bias=False)
         self.q_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
 
@@ -64,7 +69,7 @@ class SelfAttention(nn.Module):
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, rotation), rotate(k, rotation)
+        q, k = self.turn(q, rotation), self.turn(k, rotation)
         if extend is not None:
             k, v = extend(k, v)
         out = attend(q, k, v, mask, causal)

@@ -48,9 +48,38 @@ class Rotary(nn.Module):
         return axis.to(device), (1.0 / self.theta ** torch.cat(steps)).to(device)
 
 
+class RasterRotary(nn.Module):
+    """LlamaGen's rotary table: position ``start + i`` of the sequence is cell i of a picture of
+    ``side * side`` cells in raster order, rotated by row and column. Positions before and after the picture
+    have neither cosine nor sine there: their queries and keys become zeros. Of a position only the index
+    counts."""
+
+    def __init__(self, head_dim: int, theta: float, side: int, start: int) -> None:
+        super().__init__()
+        self.rotary = Rotary(head_dim, theta, (0.0, 0.5, 0.5))
+        self.side, self.start = side, start
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Long ``[b, l, 3]`` → (cos, sin), float32 ``[b, 1, l, e / 2]``."""
+        cell = positions[..., 0] - self.start
+        inside = (cell >= 0) & (cell < self.side**2)
+        cell = cell.where(inside, 0)
+        places = torch.stack([cell, cell.div(self.side, rounding_mode="floor"), cell % self.side], dim=-1)
+        cos, sin = self.rotary(places)
+        inside = inside[:, None, :, None]
+        return cos * inside, sin * inside
+
+
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate ``x [b, h, l, e]`` by (cos, sin) ``[b, 1, l, e / 2]``; pair i is (i, i + e/2), the half-split
     convention of transformers' Llama."""
     cos, sin = rotation
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def rotate_interleaved(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """As `rotate`; pair i is (2i, 2i + 1), the convention of Meta's Llama and LlamaGen."""
+    cos, sin = rotation
+    first, second = x[..., 0::2], x[..., 1::2]
+    return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)

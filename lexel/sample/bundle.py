@@ -4,6 +4,7 @@
     tokenizer/  lm/  detokenizer/ (optional)  drafter/ (optional)     config.json + model.safetensors
     text_tokenizer/   transformers' files;  vocabulary.json;  README.md (model card)
     tokenizers/NAME/ (optional)    further tokenizers to reconstruct pictures with; copy their folders in
+    drafters/NAME/ (optional)      further drafters, each a decoding strategy of that name
 
 `trained_on.json` beside the weights of every part that reads codes names the tokenizer they come from, so
 that parts of different bundles cannot be mixed by accident.
@@ -38,22 +39,21 @@ BUNDLE_FILE = "bundle.json"
 VOCABULARY_FILE = "vocabulary.json"
 TRAINED_ON_FILE = "trained_on.json"
 FURTHER = "tokenizers"
+DRAFTERS = "drafters"
 SHIPPED = "shapes"
-STRATEGIES = ("plain", "nested", "jacobi", "drafter")
 
 
 @dataclass(frozen=True)
 class DecodingConfig:
-    """How a bundle decodes unless told otherwise. strategy: one of `STRATEGIES` ("auto" means this one);
-    window: how many tokens are drafted at once by the speculative ones."""
+    """How a bundle decodes unless told otherwise. strategy: one of `Pipeline.strategies`, or "auto": the
+    fastest on the machine at hand (`lexel.sample.tuning`); window: how many tokens are drafted at once by the
+    speculative ones (None: the strategy's usual number)."""
 
-    strategy: str = "plain"
-    window: int = 4
+    strategy: str = "auto"
+    window: int | None = None
 
     def __post_init__(self) -> None:
-        if self.strategy not in STRATEGIES:
-            raise ValueError(f"decoding is one of {', '.join(STRATEGIES)}, got {self.strategy!r}.")
-        if self.window < 1:
+        if self.window is not None and self.window < 1:
             raise ValueError(f"the drafting window must be at least 1, got {self.window}.")
 
 
@@ -171,6 +171,12 @@ def write_text(path: Path, text: str) -> None:
 def tokenizer_folders(bundle: Path) -> dict[str, Path]:
     """The further tokenizers of a bundle folder, by name."""
     found = sorted(path.parent for path in (bundle / FURTHER).glob(f"*/{CONFIG_FILE}"))
+    return {folder.name: folder for folder in found}
+
+
+def drafter_folders(bundle: Path) -> dict[str, Path]:
+    """The further drafters of a bundle folder, by name."""
+    found = sorted(path.parent for path in (bundle / DRAFTERS).glob(f"*/{CONFIG_FILE}"))
     return {folder.name: folder for folder in found}
 
 

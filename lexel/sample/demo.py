@@ -5,7 +5,9 @@ h w picture · r c table of codes
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 
 import gradio as gr
 import torch
@@ -13,9 +15,12 @@ from PIL import Image as PictureFile
 from torch import Tensor
 
 from lexel.data.images import to_image, to_pixels
-from lexel.document import Image, Text
+from lexel.document import Document, Image, Text
 from lexel.errors import LexelError
-from lexel.sample.pipeline import Pipeline, code_map
+from lexel.sample.codes import code_map
+from lexel.sample.engine import AUTO
+from lexel.sample.partial import Partials
+from lexel.sample.pipeline import Pipeline
 from lexel.sample.reconstruct import SIDE, enlarged, reconstruct
 from lexel.tokenizers.base import Tokenizer
 from lexel.types import Codes, GenerationOutput
@@ -30,6 +35,15 @@ STYLE = "<style>.given img {width: 100% !important; object-fit: contain !importa
 """Small pictures fill their frame, too."""
 
 MOST_PICTURES = 16
+
+PAUSE = 0.15
+"""Seconds between two views of pictures that are being drawn."""
+
+VISITORS = 16
+"""Requests of one kind that are served at the same time; they share the rounds of the model."""
+
+Drawn = tuple[list[PictureFile.Image], PictureFile.Image | None, str]
+
 EXAMPLES = (
     "a red circle",
     "a large yellow star",
@@ -86,7 +100,7 @@ class _Actions:
     def __init__(self, pipeline: Pipeline) -> None:
         self.pipeline = pipeline
         self.image_sampling = pipeline.sampling["image"]
-        self.strategies = list(pipeline.strategies)
+        self.strategies = [AUTO, *pipeline.strategies]
         self.has_detokenizer = pipeline.detokenizer is not None
         further = {name: one for name, one in pipeline.tokenizers.items() if one.has_decoder}
         self.tokenizers: dict[str, Tokenizer] = {OWN: pipeline.tokenizer, **further}
@@ -100,31 +114,48 @@ class _Actions:
         guidance: float,
         decoding: str,
         detokenizer: bool,
-    ) -> tuple[list[PictureFile.Image], PictureFile.Image, str]:
-        """Pictures of a text, the first one's tokens, and the statistics line."""
+    ) -> Iterator[Drawn]:
+        """Pictures of a text, the first one's tokens, and the statistics line: while they are drawn, too."""
         if not text.strip():
             raise gr.Error("Write what to draw first.")
-        output = self._run(
-            [Text(text.strip()), Image.blank()],
-            count=int(count),
-            seed=int(seed),
-            temperature=temperature,
-            guidance=guidance,
-            decoding=decoding,
-            detokenizer=bool(detokenizer),
-        )
-        drawn = [document[-1] for document in output.documents]
-        pictures = [_shown(image.pixels) for image in drawn if isinstance(image, Image)]
-        codes = [image.codes for image in drawn if isinstance(image, Image)]
-        return pictures, self._tokens(codes[0]), statistics(output)
+        document: Document = [Text(text.strip()), Image.blank()]
+        with _told():
+            partials = self.pipeline.stream(
+                document,
+                count=int(count),
+                seed=int(seed),
+                temperature=temperature,
+                guidance=guidance,
+                decoding=decoding,
+                detokenizer=bool(detokenizer),
+            )
+            # A page that is closed closes this generator, which cancels what is not drawn.
+            with closing(partials):
+                yield from self._drawn(partials, int(count))
+
+    def _drawn(self, partials: Partials, count: int) -> Iterator[Drawn]:
+        pictures = [_shown(torch.zeros(3, *self.pipeline.tokenizer.image_size))] * count
+        tokens, counts, last, shown = None, [0] * count, -1, time.monotonic()
+        for partial in partials:
+            if partial.row <= last and time.monotonic() > shown + PAUSE:  # all are as far as they can be
+                shown = time.monotonic()
+                yield list(pictures), tokens, f"{sum(counts)} tokens so far"
+            assert isinstance(partial.segment, Image)
+            last, pictures[partial.row] = partial.row, _shown(partial.segment.pixels)
+            counts[partial.row] = partial.tokens
+            if partial.row == 0 and partial.segment.codes is not None:
+                tokens = self._tokens(partial.segment.codes)
+        assert partials.output is not None
+        yield pictures, tokens, statistics(partials.output)
 
     def describe(
         self, picture: PictureFile.Image | None, seed: float, temperature: float, decoding: str
     ) -> tuple[str, PictureFile.Image, str]:
         """The caption of a picture, the picture's tokens, and the statistics line."""
         codes = self.pipeline.encode(self._read(picture)[None]).to("cpu")
-        document = [Image(codes=codes), Text.blank()]
-        output = self._run(document, seed=int(seed), temperature=temperature, decoding=decoding)
+        document: Document = [Image(codes=codes), Text.blank()]
+        with _told():
+            output = self.pipeline(document, seed=int(seed), temperature=temperature, decoding=decoding)
         return self.pipeline.caption(output.documents[0]), self._tokens(codes), statistics(output)
 
     def reconstruct(
@@ -138,11 +169,9 @@ class _Actions:
         tokenizer = self.tokenizers[name]
         pixels = self._read(picture, tokenizer)
         tokens = int(length) if length is not None and tokenizer.layout.flexible else None
-        try:
-            decode = self._detokenize if detokenizer and name == OWN else None
+        decode = self._detokenize if detokenizer and name == OWN else None
+        with _told():
             rebuilt, codes = reconstruct(tokenizer, pixels, tokens, decode)
-        except LexelError as error:
-            raise gr.Error(str(error)) from None
         return _shown(pixels), _shown(rebuilt), tokens_picture(codes, tokenizer.layout.codebook_sizes)
 
     def choose(self, name: str) -> tuple[gr.Slider, gr.Checkbox]:
@@ -160,15 +189,17 @@ class _Actions:
             raise gr.Error("Choose a picture first.")
         return to_pixels(picture.convert("RGB"), (tokenizer or self.pipeline.tokenizer).image_size)
 
-    def _run(self, document: list[Any], **options: Any) -> GenerationOutput:
-        try:
-            return self.pipeline(document, **options)
-        except (LexelError, ValueError) as error:
-            raise gr.Error(str(error)) from None
-
-    def _tokens(self, codes: Codes | None) -> PictureFile.Image:
-        assert codes is not None
+    def _tokens(self, codes: Codes) -> PictureFile.Image:
         return tokens_picture(codes, self.pipeline.tokenizer.layout.codebook_sizes)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Errors of the user's become a message in the page."""
+    try:
+        yield
+    except (LexelError, ValueError) as error:
+        raise gr.Error(str(error)) from None
 
 
 def _shown(pixels: Tensor | None) -> PictureFile.Image:
@@ -185,8 +216,7 @@ def _picture_input() -> gr.Image:
 def _sampling_inputs(actions: _Actions, temperature: float) -> tuple[gr.Number, gr.Slider, gr.Dropdown]:
     seed = gr.Number(0, label="Seed", precision=0, minimum=0)
     slider = gr.Slider(0.0, 2.0, temperature, step=0.05, label="Temperature (0: greedy)")
-    default = actions.pipeline.decoding.strategy
-    return seed, slider, gr.Dropdown(actions.strategies, value=default, label="Decoding strategy")
+    return seed, slider, gr.Dropdown(actions.strategies, value=AUTO, label="Decoding strategy")
 
 
 def _draw_tab(actions: _Actions) -> None:
@@ -207,7 +237,14 @@ def _draw_tab(actions: _Actions) -> None:
             tokens = gr.Image(label="Tokens of the first picture", format="png", height=FRAME)
     inputs = [text, count, seed, temperature, guidance, decoding, detokenizer]
     outputs = [gallery, tokens, line]
-    gr.on([button.click, text.submit], actions.draw, inputs, outputs, api_name="draw")
+    gr.on(
+        [button.click, text.submit],
+        actions.draw,
+        inputs,
+        outputs,
+        api_name="draw",
+        concurrency_limit=VISITORS,
+    )
 
 
 def _describe_tab(actions: _Actions) -> None:
@@ -222,7 +259,11 @@ def _describe_tab(actions: _Actions) -> None:
             line = gr.Textbox(label="Decoding", interactive=False)
             tokens = gr.Image(label="Tokens of the picture", format="png", height=FRAME)
     button.click(
-        actions.describe, [picture, seed, temperature, decoding], [caption, tokens, line], api_name="describe"
+        actions.describe,
+        [picture, seed, temperature, decoding],
+        [caption, tokens, line],
+        api_name="describe",
+        concurrency_limit=VISITORS,
     )
 
 

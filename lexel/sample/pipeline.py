@@ -9,28 +9,31 @@ b batch · n code positions · l generated tokens
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from lexel.data.images import read_pixels, to_pixels
 from lexel.data.shapes import ShapesConfig
-from lexel.document import Document, DocumentCodec, Grammar, Image, Segment, State, Text, TokenSequence
+from lexel.document import Document, DocumentCodec, Grammar, Image, Segment, State, Text
 from lexel.errors import LexelError
+from lexel.models import load_drafter
 from lexel.models.causal_lm import CausalLM
+from lexel.sample.acceptance import Acceptance, exact
 from lexel.sample.bundle import (
+    DRAFTERS,
     FURTHER,
-    STRATEGIES,
     TRAINED_ON_FILE,
     VOCABULARY_FILE,
     BundleInfo,
     DecodingConfig,
     check_trained_on,
+    drafter_folders,
     find_bundle,
     load_codec,
     save_text_tokenizer,
@@ -39,9 +42,14 @@ from lexel.sample.bundle import (
     write_json,
     write_text,
 )
-from lexel.sample.decode import generate
-from lexel.sample.drafters import Drafter, JacobiDrafter, ModelDrafter, NestedDrafter
+from lexel.sample.codes import concat_codes
+from lexel.sample.decode import seeds
+from lexel.sample.engine import Engine
+from lexel.sample.generator import Request
 from lexel.sample.logits import SamplingConfig
+from lexel.sample.lossy import AcceptanceConfig, greedy_rule, make_acceptance
+from lexel.sample.partial import Job, Partials, completed
+from lexel.sample.policy import Choice, Policy
 from lexel.tokenizers import from_pretrained as load_tokenizer
 from lexel.tokenizers.base import Tokenizer
 from lexel.tokenizers.layout import CodeLayout
@@ -55,7 +63,10 @@ DEFAULT_SAMPLING = {
     "image": SamplingConfig(temperature=0.6, guidance=1.5),
 }
 BATCH = 64
-"""How many documents are generated side by side; more are done in turns."""
+"""How many documents are generated side by side; others wait until one of them is done."""
+
+_LOCK = threading.Lock()
+"""Threads that share a pipeline share its engine."""
 
 
 class Detokenizer(Protocol):
@@ -71,11 +82,12 @@ class Detokenizer(Protocol):
 
 
 class Pipeline:
-    """Tokenizer, language model and document codec, with an optional detokenizer and small drafter.
+    """Tokenizer, language model and document codec, with an optional detokenizer and drafters.
 
     tokenizer_fingerprint: the tokenizer whose codes the LM was trained on, when known. sampling: defaults per
     modality; decoding: the default strategy; scenes: the procedural scenes it was trained on, where it was;
     tokenizers: further ones, by name, to reconstruct pictures with; the language model does not know them.
+    drafter, drafters: trained ones for speculative decoding (`drafter` under that very name).
     Raises LexelError when the parts do not belong together, or a name is no folder's.
     """
 
@@ -86,7 +98,8 @@ class Pipeline:
         codec: DocumentCodec,
         *,
         detokenizer: Detokenizer | None = None,
-        drafter: CausalLM | None = None,
+        drafter: Any = None,
+        drafters: Mapping[str, Any] | None = None,
         sampling: Mapping[str, SamplingConfig] | None = None,
         decoding: DecodingConfig | None = None,
         scenes: ShapesConfig | None = None,
@@ -95,15 +108,20 @@ class Pipeline:
     ) -> None:
         self.tokenizer, self.lm, self.codec = tokenizer, lm, codec
         self.detokenizer, self.drafter = detokenizer, drafter
+        self.drafters = {**({} if drafter is None else {"drafter": drafter}), **(drafters or {})}
         self.sampling = {**DEFAULT_SAMPLING, **(sampling or {})}
         self.decoding = decoding or DecodingConfig()
         self.scenes = scenes
         self.tokenizers = dict(tokenizers or {})
+        self.dtype: str | None = None
+        self._engine: Engine | None = None
+        self._choices: dict[bytes, Choice] = {}
+        self._rules: dict[tuple[AcceptanceConfig, bool], Acceptance] = {}
         self._check_parts(tokenizer_fingerprint)
 
     def _check_parts(self, trained_on: str | None) -> None:
-        if bad := [name for name in self.tokenizers if Path(name).name != name]:
-            raise LexelError(f"a tokenizer of a bundle cannot be called {bad[0]!r}; it is a folder's name.")
+        if bad := [name for name in (*self.tokenizers, *self.drafters) if Path(name).name != name]:
+            raise LexelError(f"a part of a bundle cannot be called {bad[0]!r}; it is a folder's name.")
         own, layout = self.tokenizer.layout, self.codec.layouts.get("image")
         if layout is None or _geometry(layout) != _geometry(own):
             described = "no pictures" if layout is None else _described(layout)
@@ -111,8 +129,8 @@ class Pipeline:
                 f"the tokenizer writes {_described(own)}, but the language model's documents hold "
                 f"{described}; take both from the same training run."
             )
-        for name, model in (("language model", self.lm), ("drafter", self.drafter)):
-            if model is not None and model.config.vocab_size < self.codec.vocabulary.size:
+        for name, model in (("language model", self.lm), *self.drafters.items()):
+            if isinstance(model, CausalLM) and model.config.vocab_size < self.codec.vocabulary.size:
                 raise LexelError(
                     f"the {name} knows {model.config.vocab_size} ids, but the vocabulary has "
                     f"{self.codec.vocabulary.size}; take both from the same training run."
@@ -148,7 +166,8 @@ class Pipeline:
             CausalLM.from_pretrained(folder / "lm"),
             codec,
             detokenizer=detokenizer,
-            drafter=CausalLM.from_pretrained(folder / "drafter") if "drafter" in info.parts else None,
+            drafter=load_drafter(folder / "drafter") if "drafter" in info.parts else None,
+            drafters={name: load_drafter(path) for name, path in drafter_folders(folder).items()},
             sampling=info.sampling,
             decoding=info.decoding,
             scenes=info.scenes,
@@ -178,6 +197,9 @@ class Pipeline:
                 model.save_pretrained(folder / name, dtype=dtype)
         for name, model in self.tokenizers.items():
             model.save_pretrained(folder / FURTHER / name, dtype=dtype)
+        for name, model in self.drafters.items():
+            if name != "drafter":
+                model.save_pretrained(folder / DRAFTERS / name, dtype=dtype)
         # A cast tokenizer is another tokenizer: the bundle names the one that will be loaded.
         fingerprint = (load_tokenizer(folder / "tokenizer") if dtype else self.tokenizer).fingerprint()
         for name in parts:
@@ -199,10 +221,13 @@ class Pipeline:
 
     def to(self, device: torch.device | str) -> Pipeline:
         """Move every part to `device`; returns self."""
-        parts = (self.tokenizer, self.lm, self.detokenizer, self.drafter, *self.tokenizers.values())
-        for part in parts:
+        parts = (self.tokenizer, self.lm, self.detokenizer)
+        for part in (*parts, *self.drafters.values(), *self.tokenizers.values()):
             if isinstance(part, torch.nn.Module):
                 part.to(device)
+        self._engine = None
+        self._rules.clear()
+        self._choices.clear()
         return self
 
     @property
@@ -213,109 +238,135 @@ class Pipeline:
     @property
     def strategies(self) -> tuple[str, ...]:
         """The decoding strategies that this bundle's parts allow."""
-        absent = {"drafter"} if self.drafter is None else set()
-        if len(self.lm.config.ffn_widths) < 2:
-            absent.add("nested")
-        if self.codec.columns > 1:  # drafters propose one code per position
-            absent |= {"nested", "jacobi", "drafter"}
-        return tuple(name for name in STRATEGIES if name not in absent)
+        return self.engine.names
 
     # Documents in, documents out
 
     def __call__(self, document: Document, *, count: int = 1, **options: object) -> GenerationOutput:
-        """Complete one document `count` times; see `generate` for the options."""
-        if count < 1:
-            raise ValueError(f"count must be at least 1, got {count}.")
-        return self.generate([document] * count, **options)  # type: ignore[arg-type]
+        """Complete one document `count` times; see `stream` for the options."""
+        return self.stream(document, count=count, **options).wait()  # type: ignore[arg-type]
+
+    def generate(self, documents: Sequence[Document], **options: object) -> GenerationOutput:
+        """Complete documents, which need not have the same blanks; see `stream` for the options."""
+        return self.stream(documents, **options).wait()  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def generate(
+    def stream(
         self,
-        documents: Sequence[Document],
+        documents: Document | Sequence[Document],
         *,
+        count: int = 1,
+        every: int | None = None,
         seed: int | None = None,
         sampling: SamplingConfig | Mapping[str, SamplingConfig] | None = None,
         guidance: float | None = None,
         temperature: float | None = None,
         decoding: str = "auto",
+        acceptance: AcceptanceConfig | str = "exact",
         detokenizer: bool = False,
         steps: int | None = None,
         batch_size: int = BATCH,
         text_limit: int = 256,
-    ) -> GenerationOutput:
-        """Fill the trailing blank segments of every document; all must have the same blanks.
+    ) -> Partials:
+        """Fill the trailing blank segments of every document (or of one, `count` times): partial results as
+        they come, and `Partials.output` in the end.
 
-        seed: repeats exactly on the same device with the same `batch_size`; None draws a fresh one. sampling:
-        settings for what is generated, or per modality; guidance and temperature override single fields for
-        the generated modalities. decoding: "auto" (the bundle's own choice) or one of `strategies`.
-        detokenizer: draw pictures with the generative decoder in `steps` steps. Pictures of the result have
+        every: tokens of a document between two of them, see `Partials`. seed: repeats exactly on the same
+        device with the same `batch_size`; None draws a fresh one. sampling: settings for what is generated,
+        or per modality; guidance and temperature override single fields for the generated modalities.
+        decoding: "auto" (the bundle's own choice) or one of `strategies`. acceptance: "exact", or for speed
+        at the price of the distribution "lantern", "grouped" or an `AcceptanceConfig`; it matters to
+        strategies that draft. detokenizer: draw pictures with the generative decoder in `steps` steps.
+        batch_size: documents generated side by side; the others wait for room. Pictures of the result have
         codes and pixels. Raises LexelError for prompts that do not fit the model's context, ValueError for
         documents without blanks or unknown options."""
-        if not documents or batch_size < 1:
-            raise ValueError(f"give at least one document and a batch_size of at least 1, got {batch_size}.")
-        plans = {self.codec.plan(document) for document in documents}
-        if len(plans) > 1:
-            raise ValueError(f"documents generated together must have the same blanks, got {sorted(plans)}.")
-        plan = plans.pop()
-        settings = self._settings(plan, sampling, guidance, temperature)
-        drafter = self._drafter(decoding)
+        if count < 1 or not documents or batch_size < 1:
+            raise ValueError(
+                "give at least one document, a count and a batch_size of at least 1, "
+                f"got {count} and {batch_size}."
+            )
+        several: Any = [documents] if isinstance(documents[0], (Text, Image)) else documents
+        every_one: list[Document] = [document for document in several for _ in range(count)]
+        generator = self._random(seed)
+        jobs = self._jobs(every_one, sampling, guidance, temperature, text_limit, generator)
+        requests = [job.request for job in jobs]
+        rule, key = self._acceptance(AcceptanceConfig.of(acceptance), requests)
+        queue = self.engine.queue(decoding, requests, batch_size, rule, key)
+
+        def finish(ids: list[Tensor], logprobs: list[Tensor], stats: DecodeStats) -> GenerationOutput:
+            given = [[segment for segment in job.document if not segment.is_blank] for job in jobs]
+            filled = [completed(self.codec, job, row) for job, row in zip(jobs, ids)]
+            whole: list[Document] = [[*before, *after] for before, after in zip(given, filled)]
+            output = GenerationOutput(whole, ids, [len(row) for row in ids], logprobs, stats)
+            return self._with_pixels(output, [len(job.plan) for job in jobs], detokenizer, steps, generator)
+
+        return Partials(self, queue, jobs, finish, every)
+
+    def _acceptance(
+        self, config: AcceptanceConfig, requests: Sequence[Request]
+    ) -> tuple[Acceptance, tuple[AcceptanceConfig, bool] | None]:
+        """The rule, made once, and what tells it from others."""
+        if config.rule == "exact":
+            return exact, None
+        key = config, greedy_rule(config, {request.policy for request in requests})
+        if key not in self._rules:
+            made = make_acceptance(config, self.tokenizer, self.lm, self.codec.vocabulary, greedy=key[1])
+            self._rules[key] = made
+        return self._rules[key], key
+
+    def _random(self, seed: int | None) -> torch.Generator:
         generator = torch.Generator(self.device)
         if seed is None:
             generator.seed()
         else:
             generator.manual_seed(seed)
-        known: dict[int, list[Segment]] = {}
-        parts = []
-        for start in range(0, len(documents), batch_size):
-            # The same document object, repeated, is encoded once.
-            batch = [self._encoded(d, known) for d in documents[start : start + batch_size]]
-            parts.append(self._generate_batch(batch, plan, text_limit, settings, drafter, generator))
-        output = _joined(parts)
-        return self._with_pixels(output, len(plan), detokenizer, steps, generator)
+        return generator
 
-    def _generate_batch(
+    def _jobs(
         self,
         documents: Sequence[Document],
-        plan: Sequence[str],
+        sampling: SamplingConfig | Mapping[str, SamplingConfig] | None,
+        guidance: float | None,
+        temperature: float | None,
         text_limit: int,
-        settings: Mapping[str, SamplingConfig],
-        drafter: Drafter | None,
         generator: torch.Generator,
-    ) -> GenerationOutput:
-        prompts = [self.codec.prompt(document) for document in documents]
-        guided = any(settings[modality].guidance != 1.0 for modality in plan)
-        nulls = [self.codec.unconditional(document) for document in documents] if guided else None
-        grammar = self._grammar(plan, max(len(prompt) for prompt in prompts + (nulls or [])), text_limit)
-        ids, logprobs, stats = generate(
-            self.lm,
-            prompts,
-            grammar,
-            unconditional=nulls,
-            sampling=dict(settings),
-            drafter=drafter,
-            generator=generator,
-        )
-        ids = [row.cpu() for row in ids]
-        return GenerationOutput(
-            documents=[self._completed(d, p, row, plan) for d, p, row in zip(documents, prompts, ids)],
-            ids=ids,
-            lengths=[len(row) for row in ids],
-            logprobs=logprobs,
-            stats=stats,
-        )
+    ) -> list[Job]:
+        """What is to be generated of each document; those of one plan share their policy."""
+        known: dict[int, list[Segment]] = {}
+        plans: dict[tuple[str, ...], list[int]] = {}
+        for number, document in enumerate(documents):
+            plans.setdefault(tuple(self.codec.plan(document)), []).append(number)
+        jobs: dict[int, Job] = {}
+        every = seeds(len(documents), generator)
+        for plan, numbers in plans.items():
+            settings = self._settings(plan, sampling, guidance, temperature)
+            guided = any(settings[modality].guidance != 1.0 for modality in plan)
+            # The same document object, repeated, is encoded once.
+            filled = [self._encoded(documents[number], known) for number in numbers]
+            prompts = [self.codec.prompt(document) for document in filled]
+            nulls = [self.codec.unconditional(document) if guided else None for document in filled]
+            longest = max(len(prompt) for prompt in (*prompts, *nulls) if prompt is not None)
+            policy = Policy(
+                self._grammar(plan, longest, text_limit), settings, (), self.device, self._choices
+            )
+            for number, document, prompt, null in zip(numbers, filled, prompts, nulls):
+                jobs[number] = Job(document, plan, Request(prompt, null, policy, every[number]))
+        return [jobs[number] for number in range(len(documents))]
 
-    def _completed(
-        self, document: Document, prompt: TokenSequence, ids: Tensor, plan: Sequence[str]
-    ) -> list[Segment]:
-        """The given segments, then the generated ones read back from `ids`."""
-        given = [segment for segment in document if not segment.is_blank]
-        opening = len(self.codec.scripts[plan[0]][0]) if plan[0] != "text" else 0
-        written = self.codec.parse(torch.cat([prompt.ids[len(prompt) - opening :], ids]))
-        for modality in plan:
-            # An empty text leaves no ids behind, but it has a place in the document.
-            empty = not written or written[0].modality != modality
-            given.append(Text("") if empty else written.pop(0))
-        return given
+    @property
+    def engine(self) -> Engine:
+        """The networks in the form they decode in; anew when the language model was exchanged."""
+        with _LOCK:
+            made = self._engine
+            if made is None or made.source is not self.lm or made.decoding != self.decoding:
+                made = self._engine = Engine(self.lm, self.drafters, self.decoding, self.dtype)
+            return made
+
+    def pack(self, dtype: str | None = "float32") -> Pipeline:
+        """Decode with weights packed for small batches in "float32", "bfloat16" or "int8" (a copy; None goes
+        back to the networks themselves); returns self. Raises LexelError for another dtype."""
+        self.dtype, self._engine = dtype, None
+        return self
 
     def _grammar(self, plan: Sequence[str], prompt: int, text_limit: int) -> Grammar:
         """The grammar of `plan` with texts as long as fit behind a prompt of that many tokens.
@@ -349,20 +400,6 @@ class Pipeline:
         changes: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
         return {modality: replace(settings[modality], **changes) for modality in plan}
 
-    def _drafter(self, decoding: str) -> Drafter | None:
-        name = self.decoding.strategy if decoding == "auto" else decoding
-        if name not in self.strategies:
-            known = (
-                "this bundle's parts do not allow it" if name in STRATEGIES else "there is no such strategy"
-            )
-            raise LexelError(f"decoding={name}: {known}; choose auto, {', '.join(self.strategies)}.")
-        window = self.decoding.window
-        if name == "nested":
-            return NestedDrafter(self.lm, width=min(self.lm.config.ffn_widths), window=window)
-        if name == "jacobi":
-            return JacobiDrafter(window=window)
-        return ModelDrafter(self.drafter, window=window) if name == "drafter" and self.drafter else None
-
     def _encoded(self, document: Document, known: dict[int, list[Segment]]) -> list[Segment]:
         """The document with codes for every picture that came as pixels."""
         if id(document) not in known:
@@ -386,7 +423,7 @@ class Pipeline:
     def _with_pixels(
         self,
         output: GenerationOutput,
-        generated: int,
+        generated: Sequence[int],
         detokenizer: bool,
         steps: int | None,
         generator: torch.Generator,
@@ -395,7 +432,7 @@ class Pipeline:
         documents = [list(document) for document in output.documents]
         places, drawn = [], []
         for row, document in enumerate(documents):
-            for column in range(len(document) - generated, len(document)):
+            for column in range(len(document) - generated[row], len(document)):
                 segment = document[column]
                 if isinstance(segment, Image) and segment.codes is not None:
                     places.append((row, column))
@@ -479,18 +516,6 @@ class Pipeline:
         return self.decode(codes, detokenizer=detokenizer, steps=steps, generator=generator)[0].cpu()
 
 
-def code_map(codes: Codes) -> Tensor:
-    """The codes of one picture as a table of numbers to look at: long ``[rows, columns]``, grids as they lie,
-    lines folded to about a square, further codebooks below each other; -1 where nothing is used."""
-    indices = codes.indices[0].clone()
-    if codes.lengths is not None:
-        indices[int(codes.lengths[0]) :] = -1
-    n, _ = indices.shape
-    columns = codes.grid[1] if codes.grid is not None else max(1, round(n**0.5))
-    padded = torch.nn.functional.pad(indices, (0, 0, 0, -n % columns), value=-1)
-    return rearrange(padded, "(r c) k -> (k r) c", c=columns)
-
-
 def _geometry(layout: CodeLayout) -> tuple:
     """What a tokenizer decides of a layout (the rest is how the LM writes it)."""
     return layout.codebook_sizes, layout.grid, layout.length, layout.flexible, layout.scales
@@ -498,33 +523,3 @@ def _geometry(layout: CodeLayout) -> tuple:
 
 def _described(layout: CodeLayout) -> str:
     return f"{layout.order} with codebooks of {', '.join(map(str, layout.codebook_sizes))} codes"
-
-
-def concat_codes(parts: Sequence[Codes]) -> Codes:
-    """Several batches of one tokenizer's codes as one batch. Raises ValueError when there are none."""
-    if not parts:
-        raise ValueError("there are no codes to put together.")
-
-    def cat(name: str) -> Tensor | None:
-        values = [getattr(part, name) for part in parts]
-        return None if values[0] is None else torch.cat(values)
-
-    indices = torch.cat([part.indices for part in parts])
-    return Codes(indices, parts[0].grid, parts[0].scales, cat("lengths"), cat("keep"))
-
-
-def _joined(parts: Sequence[GenerationOutput]) -> GenerationOutput:
-    """The batches of one call as one output."""
-    logprobs = [x for part in parts for x in part.logprobs or []]
-    return GenerationOutput(
-        documents=[d for part in parts for d in part.documents],
-        ids=[x for part in parts for x in part.ids],
-        lengths=[n for part in parts for n in part.lengths],
-        logprobs=logprobs if all(part.logprobs is not None for part in parts) else None,
-        stats=DecodeStats(
-            accept_lengths=tuple(n for part in parts for n in part.stats.accept_lengths),
-            target_forwards=sum(part.stats.target_forwards for part in parts),
-            draft_forwards=sum(part.stats.draft_forwards for part in parts),
-            seconds=sum(part.stats.seconds for part in parts),
-        ),
-    )

@@ -1,45 +1,82 @@
-"""A batch of sequences running through one language model, each at its own pace.
+"""Sequences running through one language model, each at its own pace.
 
-`Stream` owns the cache: every sequence and, under guidance, its unconditional twin. Prompts of different
-lengths are padded on the right and the padding is cropped away, so no mask is needed and a row's numbers do
-not depend on its neighbours. `Policy` turns logits into the distribution the grammar and the sampling
-settings allow. `Session` is what a `Drafter` gets to see of a generation.
+`Stream` owns the cache. A sequence takes one cache row (a *lane*), or two side by side when it is guided: the
+conditional and the unconditional one. Sequences come and go while others run. Blocks of different lengths are
+padded on the right and the padding is cropped away, so a row's numbers do not depend on its neighbours.
+Drafted tokens are fed as a tree: each sees what is known, its ancestors and itself.
 
-b rows (sequences) · r = b or 2b cache rows (conditional, then unconditional) · m positions · v vocabulary
+r lanes · q new tokens per lane · m drafted positions (with the last known one) · d width
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lexel.document import Grammar, State, TokenSequence
-from lexel.errors import LexelError
+from lexel.document import State, TokenSequence
 from lexel.models.causal_lm import CausalLM
-from lexel.sample.logits import Processor, SamplingConfig, Uniform, target_distribution
+from lexel.models.graphs import GraphedStep
+from lexel.sample.policy import Token
 from lexel.types import TokenBatch
 
+GRAPHED_WIDTHS = (1, 2, 3, 5, 9, 17, 33, 65)
+"""Tokens of a graphed pass: blocks are padded to the next of these, so that few graphs serve all of them."""
 
-class Token(NamedTuple):
-    """One position: its id in each column, its modality and its (index, row, column)."""
 
-    ids: tuple[int, ...]
-    modality: int
-    position: tuple[int, int, int]
+@dataclass(frozen=True)
+class Tree:
+    """What is drafted behind the known tokens of one sequence. parents: per token the number of the one
+    before it, -1 for the last known token; parents come before their children. states: the grammar's before
+    all of them, then after each."""
+
+    tokens: list[Token]
+    parents: list[int]
+    states: list[State]
+
+    @property
+    def chain(self) -> bool:
+        """Whether each token follows the one before it."""
+        return self.parents == list(range(-1, len(self.parents) - 1))
+
+    @classmethod
+    def line(cls, tokens: list[Token], states: list[State]) -> Tree:
+        """A chain: a tree without branches."""
+        return cls(tokens, list(range(-1, len(tokens) - 1)), states)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Logits ``[b, m, v]`` of the conditional and (or None) unconditional rows after each row's last known
-    token and after each token fed behind it, and the hidden states ``[r, m, d]`` they come from."""
+    """Hidden states ``[r, q, d]`` of one pass, and for each sequence and drafted position (0: after the last
+    known token, j + 1: after token j) which of its rows ``r · q`` to read: long ``[b, m]``; `uncond` holds -1
+    for sequences without guidance. lm: the network that was run; inputs: inputs ``[r, q, d]`` of the blocks
+    asked for."""
 
-    cond: Tensor
-    uncond: Tensor | None
+    lm: CausalLM
     hidden: Tensor
+    cond: Tensor
+    uncond: Tensor
+    inputs: tuple[Tensor, ...] = ()
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Hidden states ``[n, d]`` at an index into all rows."""
+        return self.hidden.flatten(0, 1)[index]
+
+
+@dataclass
+class Lane:
+    """One cache row. shift: how much later its tokens stand than the conditional twin's, whose prompt has
+    another length. Known tokens that the model has not read yet wait in `unread`; `drafted` ones are in the
+    cache until `commit` keeps or forgets them, with the numbers of their `parents` (-1: what is known)."""
+
+    shift: int
+    unread: list[Token]
+    drafted: list[Token] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -47,8 +84,7 @@ class Mark:
     """A point in a stream to return to."""
 
     lengths: tuple[int, ...]
-    unread: list[list[Token]]
-    drafted: list[list[Token]]
+    lanes: list[tuple[list[Token], list[Token], list[int]]]
 
 
 def _tokens(sequence: TokenSequence) -> list[Token]:
@@ -58,251 +94,244 @@ def _tokens(sequence: TokenSequence) -> list[Token]:
 
 
 class Stream:
-    """Sequences in one model's cache. Known tokens that the model has not read yet wait in `unread`; drafted
-    ones may be fed behind them and are kept or forgotten by `commit`. `forwards` counts network calls.
+    """Sequences in one model's cache. `forwards` counts network calls, but not those for prompts. layers:
+    blocks whose inputs every pass returns. graphed: passes of a few fixed widths, captured as CUDA graphs
+    where there is CUDA (None: exactly there)."""
 
-    room: tokens that may follow each prompt. Raises LexelError when they do not fit the model's context.
-    """
-
-    def __init__(
-        self,
-        lm: CausalLM,
-        prompts: Sequence[TokenSequence],
-        unconditional: Sequence[TokenSequence] | None,
-        room: int,
-        slack: int,
-    ) -> None:
-        sequences = [_tokens(s) for s in [*prompts, *(unconditional or ())]]
-        longest = max(len(s) for s in sequences)
-        if longest + room > lm.config.max_length:
-            raise LexelError(
-                f"a prompt of {longest} tokens and up to {room} more do not fit the model's context of "
-                f"{lm.config.max_length}; shorten the prompt or limit what is generated."
-            )
-        self.lm, self.guided, self.forwards = lm, unconditional is not None, 0
+    def __init__(self, lm: CausalLM, layers: Sequence[int] = (), graphed: bool | None = None) -> None:
+        self.lm, self.layers = lm, tuple(layers)
         self.device = next(lm.parameters()).device
-        # Slack: rows at different lengths are fed blocks padded to the longest one.
-        self.cache = lm.new_cache(len(sequences), longest + room + slack)
-        self.columns = len(sequences[0][0].ids)
-        # A token has the same place in both twins, but their prompts differ in length.
-        ends = [s[-1].position[0] for s in sequences]
-        self.shift = [end - ends[i % len(prompts)] for i, end in enumerate(ends)]
-        self.unread = [s[-1:] for s in sequences]
-        self.drafted: list[list[Token]] = [[] for _ in sequences]
-        if longest > 1:
-            self._read([s[:-1] for s in sequences], width=None, logits=False)
-        self.forwards = 0  # the prompts' own pass gains no token
+        # A graphed pass returns hidden states only.
+        self.graphed = (self.device.type == "cuda" if graphed is None else graphed) and not self.layers
+        self._steps: dict[tuple[int, float | None], GraphedStep[Tensor]] = {}
+        self.cache = lm.new_cache(0, 1)
+        self.lanes: list[Lane] = []
+        self.guided: list[bool] = []
+        self._first: list[int] = []
+        self._indices: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        self.forwards = 0
 
-    @property
-    def rows(self) -> int:
+    def __len__(self) -> int:
         """Sequences in flight (a guided pair counts once)."""
-        return len(self.unread) // (2 if self.guided else 1)
+        return len(self.guided)
 
-    def _read(
-        self, blocks: list[list[Token]], width: float | None, logits: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        """Feed each cache row its block, padded on the right: logits ``[r, q, v]`` (unless not wanted, as for
-        a prompt) and hidden states ``[r, q, d]``."""
+    # Coming and going
+
+    def admit(
+        self, prompts: Sequence[TokenSequence], nulls: Sequence[TokenSequence | None], slots: int
+    ) -> Prediction | None:
+        """Read new prompts, all but their last tokens, which stay unread, and append them to the sequences
+        in flight. nulls: the unconditional twin of each, or None. slots: tokens that the cache must hold of
+        each. Returns the pass over the prompts (None when there was nothing to read)."""
+        lanes, blocks = [], []
+        for prompt, null in zip(prompts, nulls):
+            known = _tokens(prompt)
+            for sequence in [known] if null is None else [known, _tokens(null)]:
+                shift = sequence[-1].position[0] - known[-1].position[0]
+                lanes.append(Lane(shift, sequence[-1:]))
+                blocks.append(sequence[:-1])
+        cache = self.lm.new_cache(len(lanes), slots)
         longest = max(len(block) for block in blocks)
-        lengths = [len(block) for block in blocks]
-        filler = Token((0,) * self.columns, 0, (0, 0, 0))
+        output = None
+        if longest:
+            hidden, inputs = self.lm.decode(
+                self._batch(blocks, longest, None), cache=cache, layers=self.layers
+            )
+            cache.crop([len(block) for block in blocks])
+            empty = torch.empty(0, 0, dtype=torch.long)
+            output = Prediction(self.lm, hidden, empty, empty, inputs)
+        if self.lanes:
+            self.cache.reserve(slots)
+            self.cache.join(cache)
+        else:
+            self.cache = cache
+        self.lanes += lanes
+        self.guided += [null is not None for null in nulls]
+        self._renumber()
+        return output
+
+    def drop(self, row: int) -> None:
+        """Forget a sequence; the last one takes its place."""
+        last = len(self) - 1
+        wide, widest = 1 + self.guided[row], 1 + self.guided[last]
+        here, there = self._first[row], self._first[last]
+        if wide == widest:
+            # From the back: dropping a lane moves the cache's last row into its place.
+            for lane in reversed(range(here, here + wide)):
+                self._drop_lane(lane)
+        else:
+            kept = [*range(here), *range(there, there + widest), *range(here + wide, there)]
+            kept = kept if row != last else list(range(here))
+            self.cache.reorder(torch.tensor(kept, dtype=torch.long))
+            self.lanes = [self.lanes[lane] for lane in kept]
+        self.guided[row] = self.guided[last]
+        self.guided.pop()
+        self._renumber()
+
+    def _drop_lane(self, lane: int) -> None:
+        self.cache.drop(lane)
+        self.lanes[lane] = self.lanes[-1]
+        self.lanes.pop()
+
+    def _renumber(self) -> None:
+        self._first, lane = [], 0
+        self._indices.clear()
+        for guided in self.guided:
+            self._first.append(lane)
+            lane += 1 + guided
+
+    def own(self, row: int) -> list[Lane]:
+        """The lanes of a sequence."""
+        first = self._first[row]
+        return self.lanes[first : first + 1 + self.guided[row]]
+
+    # Passes
+
+    def forward(self, trees: Sequence[Tree], width: float | None = None) -> Prediction:
+        """Read what is unread of each sequence, then its tree. width: the nested feed-forward width, None for
+        the full. A second call before `commit` may only append to chains."""
+        blocks: list[list[Token]] = []
+        parents: list[list[int]] | None = None if all(tree.chain for tree in trees) else []
+        starts: list[int] = []
+        for row, tree in enumerate(trees):
+            for lane in self.own(row):
+                known = len(lane.unread)
+                starts.append(known - 1)
+                blocks.append(lane.unread + _shifted(tree.tokens, lane.shift))
+                if parents is not None:
+                    above = [known + parent for parent in tree.parents]
+                    parents.append([*range(-1, known - 1), *above])
+                drafted = len(lane.drafted)
+                lane.drafted = lane.drafted + tree.tokens
+                lane.parents = lane.parents + [drafted + parent for parent in tree.parents]
+                lane.unread = []
+        before, width_of = self.cache.host_lengths, [len(block) for block in blocks]
+        hidden, inputs = self._pass(blocks, parents, width)
+        self.forwards += 1
+        if min(width_of) < hidden.shape[1]:
+            self.cache.crop([have + new for have, new in zip(before, width_of)])
+        cond, uncond = self._index(starts, 1 + max(len(tree.tokens) for tree in trees), hidden.shape[1])
+        return Prediction(self.lm, hidden, cond, uncond, inputs)
+
+    def _pass(
+        self, blocks: list[list[Token]], parents: list[list[int]] | None, width: float | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Hidden states ``[r, q, d]`` of the blocks (and the inputs of `layers`); the cache grows by q."""
+        longest = max(len(block) for block in blocks)
+        wide = next((w for w in GRAPHED_WIDTHS if w >= longest), None) if self.graphed else None
+        if wide is None or max(self.cache.host_lengths) + wide > self.cache.max_length:
+            mask = None if parents is None else self._tree_mask(parents, longest)
+            batch = self._batch(blocks, longest, mask)
+            return self.lm.decode(batch, cache=self.cache, width=width, layers=self.layers)
+        step = self._steps.get((wide, width))
+        if step is None or step.cache is not self.cache:
+            step = self._steps[wide, width] = GraphedStep(self.lm, self.cache, wide, torch.clone, width)
+        batch = self._batch(blocks, wide, None)
+        hidden = step(batch.ids, batch.positions, None if parents is None else _trees(parents, wide))
+        self.cache.advance(wide)
+        return hidden, ()
+
+    def _index(self, starts: list[int], positions: int, columns: int) -> tuple[Tensor, Tensor]:
+        """`Prediction.cond` and `uncond`, positions past a row's own block clamped into it."""
+        key = (*starts, positions, columns)
+        if key not in self._indices:
+            first = np.array(self._first)
+            twin = np.where(self.guided, first + 1, first)
+            column = np.array(starts)[:, None] + np.arange(positions)
+            cond, uncond = (
+                lane[:, None] * columns + column[lane].clip(0, columns - 1) for lane in (first, twin)
+            )
+            uncond[twin == first] = -1
+            both = torch.from_numpy(cond).to(self.device), torch.from_numpy(uncond).to(self.device)
+            self._indices[key] = both
+        return self._indices[key]
+
+    def _batch(self, blocks: list[list[Token]], longest: int, mask: Tensor | None) -> TokenBatch:
+        """The blocks, padded on the right to `longest` tokens."""
+        columns = len(self.lanes[0].unread[0].ids) if self.lanes and self.lanes[0].unread else 0
+        columns = columns or next(len(block[0].ids) for block in blocks if block)
+        filler = Token((0,) * columns, 0, (0, 0, 0))
         padded = [block + [filler] * (longest - len(block)) for block in blocks]
         ids = torch.tensor([[token.ids for token in block] for block in padded], device=self.device)
-        batch = TokenBatch(
-            ids=ids[..., 0] if self.columns == 1 else ids,
+        return TokenBatch(
+            ids=ids[..., 0] if columns == 1 else ids,
             modality=torch.tensor([[t.modality for t in block] for block in padded], device=self.device),
             positions=torch.tensor([[t.position for t in block] for block in padded], device=self.device),
+            attention_mask=mask,
         )
-        before = self.cache.host_lengths
-        select = None if logits else torch.zeros(ids.shape[:2], dtype=torch.bool, device=self.device)
-        output = self.lm(batch, cache=self.cache, width=width, select=select)
-        self.forwards += 1
-        if min(lengths) < longest:
-            self.cache.crop([have + new for have, new in zip(before, lengths)])
-        return output.logits, output.hidden
 
-    def _own(self, row: int, tokens: Sequence[Token]) -> list[Token]:
-        shift = self.shift[row]
-        if not shift:
-            return list(tokens)
-        return [Token(t.ids, t.modality, (t.position[0] + shift, *t.position[1:])) for t in tokens]
-
-    def forward(self, tokens: Sequence[Sequence[Token]], width: float | None = None) -> Prediction:
-        """Read what is unread of each row, then its drafted `tokens` (b lists of any length).
-
-        Position 0 of the prediction follows the last known token (if any was unread), position j the j-th of
-        `tokens`; positions past a row's own tokens are meaningless. width: the nested feed-forward width,
-        None for the full."""
-        drafts = [self._own(row, tokens[row % len(tokens)]) for row in range(len(self.unread))]
-        logits, hidden = self._read([known + new for known, new in zip(self.unread, drafts)], width)
-        first = torch.tensor([len(known) - 1 for known in self.unread], device=self.device)
-        positions = 1 + max(len(draft) for draft in drafts)
-        if positions < logits.shape[1] or bool((first != 0).any()):
-            take = first[:, None] + torch.arange(positions, device=self.device)
-            take = take.clamp(min=0, max=logits.shape[1] - 1)
-            every = torch.arange(len(take), device=self.device)[:, None]
-            logits, hidden = logits[every, take], hidden[every, take]
-        self.unread = [[] for _ in drafts]
-        self.drafted = [old + new for old, new in zip(self.drafted, drafts)]
-        rows = self.rows
-        return Prediction(logits[:rows], logits[rows:] if self.guided else None, hidden)
+    def _tree_mask(self, parents: list[list[int]], longest: int) -> Tensor:
+        """Bool ``[r, q, s]``: each token sees what its lane holds, its ancestors and itself."""
+        mask = np.zeros((len(parents), longest, self.cache.span(longest)), dtype=bool)
+        for lane, (have, line) in enumerate(zip(self.cache.host_lengths, parents)):
+            mask[lane, :, :have] = True
+            mask[lane, : len(line), have : have + len(line)] = _ancestry(tuple(line))
+            mask[lane, len(line) :, have] = True  # padding must see something
+        return torch.from_numpy(mask).to(self.device)
 
     def commit(self, tokens: Sequence[Sequence[Token]]) -> None:
-        """Append known tokens to each row. Drafted tokens in the cache that agree stay; the cache forgets the
-        others, so a row's length is its own number of accepted tokens."""
-        dropped, rows = [], len(self.unread)
-        for row in range(rows):
-            known, drafted = self._own(row, tokens[row % len(tokens)]), self.drafted[row]
-            same = next((i for i, (a, b) in enumerate(zip(known, drafted)) if a != b), None)
-            keep = min(len(known), len(drafted)) if same is None else same
-            dropped.append(len(drafted) - keep)
-            self.unread[row] = self.unread[row] + known[keep:]
-            self.drafted[row] = []
-        if any(dropped):
-            self.cache.crop([have - less for have, less in zip(self.cache.host_lengths, dropped)])
+        """Append known tokens to each sequence. Drafted tokens in the cache that agree stay, moved together;
+        the cache forgets the others, so a row's length is its own number of known tokens."""
+        lengths, moves = list(self.cache.host_lengths), {}
+        for row, known in enumerate(tokens):
+            for lane_number, lane in enumerate(self.own(row), start=self._first[row]):
+                # The last token is read again, even where a rejected node happens to be the same.
+                path = _path(lane, known[:-1])
+                begin = lengths[lane_number] - len(lane.drafted)
+                if path != list(range(len(path))):
+                    moves[lane_number] = begin, path
+                lengths[lane_number] = begin + len(path)
+                lane.unread = lane.unread + _shifted(known[len(path) :], lane.shift)
+                lane.drafted, lane.parents = [], []
+        for lane_number, (begin, path) in moves.items():
+            self.cache.gather(lane_number, begin, path)
+        if tuple(lengths) != self.cache.host_lengths:
+            self.cache.crop(lengths)
 
     def mark(self) -> Mark:
         """A point to `rewind` to."""
-        return Mark(self.cache.host_lengths, list(self.unread), list(self.drafted))
+        return Mark(self.cache.host_lengths, [(x.unread, x.drafted, x.parents) for x in self.lanes])
 
     def rewind(self, mark: Mark) -> None:
         """Forget everything read since `mark`; the next pass overwrites it."""
         self.cache.crop(mark.lengths)
-        self.unread, self.drafted = list(mark.unread), list(mark.drafted)
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these sequences only."""
-        every = [*rows, *(self.rows + row for row in rows)] if self.guided else list(rows)
-        self.cache.reorder(torch.tensor(every, device=self.device))
-        self.shift = [self.shift[row] for row in every]
-        self.unread = [self.unread[row] for row in every]
-        self.drafted = [self.drafted[row] for row in every]
+        for lane, (unread, drafted, parents) in zip(self.lanes, mark.lanes):
+            lane.unread, lane.drafted, lane.parents = unread, drafted, parents
 
 
-class Place(NamedTuple):
-    """What the grammar and the settings say about the next token at one state: all that is asked at every
-    step, looked up once. mask: bool ``[v]`` on the model's device; number: which of the masks it is."""
-
-    modality: int
-    position: tuple[int, int, int]
-    config: SamplingConfig
-    mask: Tensor
-    number: int
+def _trees(parents: list[list[int]], wide: int) -> Tensor:
+    """Bool ``[r, q, q]``: which of the new tokens each one sees; padding sees itself."""
+    seen = np.tile(np.eye(wide, dtype=bool), (len(parents), 1, 1))
+    for tree, line in zip(seen, parents):
+        tree[: len(line), : len(line)] = _ancestry(tuple(line))
+    return torch.from_numpy(seen)
 
 
-class Policy:
-    """From logits to the distributions that the grammar and each modality's settings allow."""
-
-    def __init__(
-        self,
-        grammar: Grammar,
-        sampling: Mapping[str, SamplingConfig],
-        processors: Sequence[Processor],
-        device: torch.device,
-    ) -> None:
-        known = grammar.codec.vocabulary.modalities
-        if unknown := sorted(set(sampling) - set(known)):
-            raise LexelError(f"no modality {', '.join(unknown)} to sample; the model has {', '.join(known)}.")
-        self.grammar, self.processors, self.device = grammar, processors, device
-        self.configs = tuple(sampling.get(name, SamplingConfig()) for name in known)
-        self._places: dict[State, Place] = {}
-        self._masks: dict[int, tuple[int, Tensor, Tensor]] = {}
-
-    @property
-    def guided(self) -> bool:
-        """Whether any modality of the plan needs the unconditional rows."""
-        names = self.grammar.codec.vocabulary.modalities
-        return any(c.guidance != 1.0 for name, c in zip(names, self.configs) if name in self.grammar.plan)
-
-    def place(self, state: State) -> Place:
-        """What is known about the next token at `state`, which must not be done."""
-        if state not in self._places:
-            mask, modality = self.grammar.allowed(state), self.grammar.modality(state)
-            # The grammar's own mask is kept beside its copy: its id() must not be reused meanwhile.
-            number, _, here = self._masks.setdefault(id(mask), (len(self._masks), mask, mask.to(self.device)))
-            position = self.grammar.position(state)
-            self._places[state] = Place(modality, position, self.configs[modality], here, number)
-        return self._places[state]
-
-    def _allowed(self, places: Sequence[Place]) -> Tensor:
-        """Bool ``[1 or n, v]``: one row when all places share their mask."""
-        masks = {place.number: place.mask for place in places}
-        if len(masks) == 1:
-            return places[0].mask[None]
-        order = {number: index for index, number in enumerate(masks)}
-        index = torch.tensor([order[place.number] for place in places], device=self.device)
-        return torch.stack(list(masks.values()))[index]
-
-    def distribution(
-        self,
-        prediction: Prediction,
-        states: Sequence[Sequence[State]],
-        contexts: Sequence[Sequence[Sequence[int]]] | None = None,
-    ) -> Tensor:
-        """Float ``[b, m, v]``: the distribution of the next token at ``states[row][j]``; zeros where a row
-        has no state (or one that is done). contexts: for processors, the ids before each of those."""
-        rows, positions, size = prediction.cond.shape
-        cells: dict[SamplingConfig, list[tuple[int, int, Place]]] = {}
-        for row, line in enumerate(states):
-            for j, state in enumerate(line):
-                if not self.grammar.done(state):
-                    place = self.place(state)
-                    cells.setdefault(place.config, []).append((row, j, place))
-        cond, uncond = (
-            None if x is None else x.reshape(-1, size) for x in (prediction.cond, prediction.uncond)
-        )
-        assert cond is not None
-        result = cond.new_zeros(cond.shape, dtype=torch.promote_types(cond.dtype, torch.float32))
-        for config, group in cells.items():
-            index = torch.tensor([row * positions + j for row, j, _ in group], device=self.device)
-            every = len(group) == len(result)
-            before = None
-            if contexts is not None:
-                before = [torch.tensor(contexts[row][j], device=self.device) for row, j, _ in group]
-            probs = target_distribution(
-                cond if every else cond[index],
-                uncond if every or uncond is None else uncond[index],
-                config,
-                self._allowed([place for _, _, place in group]),
-                processors=self.processors,
-                contexts=before,
-            )
-            if every:  # the usual case, without a copy
-                return probs.reshape(rows, positions, size)
-            result[index] = probs
-        return result.reshape(rows, positions, size)
+@lru_cache(maxsize=256)
+def _ancestry(parents: tuple[int, ...]) -> np.ndarray:
+    """Bool ``[n, n]``: row i marks node i and its ancestors."""
+    seen = np.eye(len(parents), dtype=bool)
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            seen[node] |= seen[parent]
+    return seen
 
 
-@dataclass
-class Session:
-    """A generation in flight, as drafters see it: the target's stream, the policy, a source of uniforms, and
-    for each row its grammar state, the ids so far (prompt and generated) and its prompts."""
+def _path(lane: Lane, known: Sequence[Token]) -> list[int]:
+    """The drafted nodes that `known` walks through."""
+    path: list[int] = []
+    at, node = -1, 0
+    for token in known:
+        while node < len(lane.drafted) and not (lane.parents[node] == at and lane.drafted[node] == token):
+            node += 1
+        if node == len(lane.drafted):
+            break
+        path.append(node)
+        at, node = node, node + 1
+    return path
 
-    stream: Stream
-    policy: Policy
-    uniform: Uniform
-    states: list[State]
-    history: list[list[int]]
-    prompts: Sequence[TokenSequence]
-    unconditional: Sequence[TokenSequence] | None
-    room: int
 
-    @property
-    def grammar(self) -> Grammar:
-        """The grammar of what is generated."""
-        return self.policy.grammar
-
-    def token(self, state: State, ids: tuple[int, ...]) -> Token:
-        """The token `ids` at the place that `state` says comes next."""
-        place = self.policy.place(state)
-        return Token(ids, place.modality, place.position)
-
-    def contexts(self, tokens: Sequence[Sequence[Token]]) -> list[list[list[int]]] | None:
-        """Ids (column 0) before each drafted position and after the last; None when no processor asks."""
-        if not self.policy.processors:
-            return None
-        lines = []
-        for history, drafted in zip(self.history, tokens):
-            ids = [token.ids[0] for token in drafted]
-            lines.append([history + ids[:j] for j in range(len(ids) + 1)])
-        return lines
+def _shifted(tokens: Sequence[Token], shift: int) -> list[Token]:
+    if not shift:
+        return list(tokens)
+    return [Token(t.ids, t.modality, (t.position[0] + shift, *t.position[1:])) for t in tokens]

@@ -123,57 +123,24 @@ def load_published(
     Raises LexelError for an unknown name or argument, an unreadable or hostile file, and weights that do not
     fit, listing the keys.
     """
-    from lexel.catalog import load_state
-    from lexel.checkpoints import read_checkpoint
+    from lexel.catalog import load
 
-    system, row = find_published(name)
-    file = Path(path) if path is not None else _fetch(row)
-    wanted = system.config(row.arguments, system.stored_config(file), config)
-    state = read_checkpoint(file, key=key, nestings=system.nestings, dotless_ema=system.dotless_ema)
-    built = system.as_stored(wanted, state).build()
-    load_state(built, system, state, file)
-    return built.eval()
+    return load(*find_published(name), path, config, key)
 
 
 def export_published(tokenizer: Tokenizer, name: str, path: str | Path) -> None:
     """Write a tokenizer's weights in the published layout of `name` (see `list_published`), as safetensors or
     as a torch file by the ending of `path`. Raises LexelError when the tokenizer is of another family or
     has no decoder."""
-    from lexel.checkpoints import dotless_copy, save_checkpoint
+    from lexel.catalog import export
 
-    system, row = find_published(name)
-    wanted = type(system.config(row.arguments))
-    if type(tokenizer.config) is not wanted:
-        raise LexelError(
-            f"{name} is written from a {wanted.__name__}, not a {type(tokenizer.config).__name__}."
-        )
     if not tokenizer.has_decoder:
         raise LexelError(f"this tokenizer has no decoder, which a file of {name} must hold.")
-    state = system.layouts[0].export(tokenizer)
-    if system.dotless_ema:
-        state |= dotless_copy(state)
-    save_checkpoint(state, path, system.container)
+    export(tokenizer, *find_published(name), path)
 
 
 def find_published(name: str) -> tuple[System, Published]:
     """The system and row of a published checkpoint. Raises LexelError when there is none of that name."""
-    for system in published_systems().values():
-        for row in system.rows:
-            if row.name == name:
-                return system, row
-    known = ", ".join(row.name for row in list_published())
-    raise LexelError(f"there is no published tokenizer {name!r}; there are: {known}.")
+    from lexel.catalog import find
 
-
-def _fetch(row: Published) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    if not row.file:
-        return resolve_folder(row.repository, row.name)
-    try:
-        return Path(hf_hub_download(row.repository, row.file))
-    except Exception as error:  # the hub client raises a wide family: offline, not found, gated, bad name
-        raise LexelError(
-            f"{row.name}: {row.file} of {row.repository} could not be fetched ({type(error).__name__}); "
-            "give a local copy as path."
-        ) from error
+    return find(name, published_systems().values(), "tokenizer")

@@ -13,13 +13,16 @@ from lexel.document import DocumentCodec
 from lexel.errors import LexelError
 from lexel.hub import decode_config
 from lexel.sample.bundle import (
+    BUNDLE_FILE,
     TRAINED_ON_FILE,
     VOCABULARY_FILE,
+    BundleInfo,
     load_text_tokenizer,
     read_json,
     write_json,
     write_text,
 )
+from lexel.sample.bundle import load_codec as load_bundle_codec
 from lexel.tokenizers.layout import CodeLayout
 from lexel.train.settings import LMStage
 from lexel.vocabulary import Vocabulary
@@ -70,7 +73,10 @@ def save_codec(codec: DocumentCodec, folder: Path, fingerprint: str | None) -> N
 
 
 def load_codec(folder: Path) -> DocumentCodec:
-    """The codec of a trained LM's folder. LexelError when a file is missing or damaged."""
+    """The codec of a trained LM's folder, which may be a bundle's. LexelError when a file is missing or
+    damaged."""
+    if (folder.parent / BUNDLE_FILE).is_file():
+        return load_bundle_codec(folder.parent, BundleInfo.read(folder.parent))
     try:
         vocabulary = Vocabulary.from_json((folder / VOCABULARY_FILE).read_text(encoding="utf-8"))
         layouts = {name: decode_config(CodeLayout, x) for name, x in read_json(folder / LAYOUTS_FILE).items()}

@@ -101,13 +101,13 @@ def assemble(chain: Chain) -> Pipeline:
 
 def load_part(chain: Chain, name: str) -> Any:
     """The trained detokenizer or drafter. LexelError when it was trained on another tokenizer's codes."""
+    from lexel.models import load_drafter
     from lexel.models.detokenizers import from_pretrained as load_detokenizer
     from lexel.sample.bundle import check_trained_on
-    from lexel.train.stages import load_lm
 
     folder = chain.part_folder(name)
     check_trained_on(folder.parent, folder.name, chain.fingerprint)
-    return load_lm(folder) if name == "drafter" else load_detokenizer(folder)
+    return load_drafter(folder) if name == "drafter" else load_detokenizer(folder)
 
 
 def training_seconds(output: Path) -> dict[str, float]:

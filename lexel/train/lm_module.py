@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lexel.data.sampler import mix_seed
-from lexel.train.module import Metrics, StageModule
+from lexel.train.module import Metrics, StageModule, freeze
 from lexel.train.objectives.lm import NextTokenObjective, predicting
 from lexel.train.settings import DrafterStage, LMStage
 from lexel.types import LMOutput, TokenBatch
@@ -40,14 +40,28 @@ class LMModule(StageModule):
         seed: int = 0,
         draw: Draw | None = None,
     ) -> None:
+        resting = freeze(network, stage.frozen)
         super().__init__(network, stage, seed)
+        self._resting = resting
         self.objective = objective
         self.draw = draw
+
+    @property
+    def has_idle_parameters(self) -> bool:
+        """Heads of further tokens that the objective does not train."""
+        config: Any = self.network.config
+        return config.future_heads > 0 and not self.objective.future_weight
+
+    def frozen(self) -> list[nn.Module]:
+        """Parts that do not learn stay in eval mode."""
+        return [*super().frozen(), *self._resting]
 
     def compute(self, network: Any, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         """Cross-entropy of the targets, by modality in the metrics."""
         width = self.width() if network is self.network else None
-        output = network(batch, width=width, select=predicting(batch))
+        output = network(
+            batch, width=width, select=predicting(batch), future=self.objective.future_weight > 0
+        )
         loss, metrics = self._loss(output, batch)
         return loss, metrics if width is None else {f"narrow_{key}": value for key, value in metrics.items()}
 
@@ -92,7 +106,7 @@ class DrafterModule(LMModule):
     def compute(self, network: Any, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         """Distillation and cross-entropy."""
         select = predicting(batch)
-        output = network(batch, select=select)
+        output = network(batch, select=select, future=self.objective.future_weight > 0)
         with torch.no_grad():
             target = self._teacher[0](batch, select=select)
         loss, metrics = self._loss(output, batch)

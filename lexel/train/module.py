@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lexel.data.sampler import mix_seed
+from lexel.errors import LexelError
 from lexel.train.callbacks.metrics_file import MetricsFile
 from lexel.train.settings import StageSettings
 from lexel.train.sharding import shard, whole
@@ -200,3 +201,15 @@ class StageModule(lightning.LightningModule, ABC):
         network = whole(self.exported)
         if self.trainer.is_global_zero:
             network.save_pretrained(folder)
+
+
+def freeze(network: nn.Module, names: Sequence[str]) -> tuple[nn.Module, ...]:
+    """No gradient for the named modules and parameters of `network`; returns the modules among them, which
+    should stay in eval mode. Raises LexelError for a name that the network does not have."""
+    modules, parameters = dict(network.named_modules()), dict(network.named_parameters())
+    if unknown := [name for name in names if not name or name not in {**modules, **parameters}]:
+        children = ", ".join(name for name, _ in network.named_children())
+        raise LexelError(f"frozen names {unknown}, which the network does not have; it has: {children}.")
+    for name in names:
+        (modules.get(name) or parameters[name]).requires_grad_(False)
+    return tuple(modules[name] for name in names if name in modules)

@@ -110,7 +110,7 @@ class LMStage(StageSettings):
     or hub id of a ready one instead; pattern: order of several codebooks in the sequence (null: the
     tokenizer's own); row_end: a token after each row of the picture; narrow: probability that a step trains
     a nested narrower network instead of the full one; captions_for_vocabulary: how many captions the BPE is
-    trained on."""
+    trained on; frozen: modules and parameters that do not learn (``[model]``: only the heads do)."""
 
     mixture: dict[str, float] = field(default_factory=lambda: dict(MIXTURE))
     drop: float = 0.1
@@ -121,6 +121,7 @@ class LMStage(StageSettings):
     pattern: str | None = None
     row_end: bool = False
     narrow: float = 0.0
+    frozen: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -132,9 +133,26 @@ class DetokenizerStage(StageSettings):
 
 @dataclass
 class DrafterStage(LMStage):
-    """distill: weight of the KL term to the frozen LM; 1 - distill weighs the cross-entropy on the data."""
+    """distill: weight of the KL term to the frozen LM; 1 - distill weighs the cross-entropy on the data (a
+    small LM). clip_by: what `clip` bounds, the gradient's ``norm`` or each ``value`` of it. For draft heads:
+    noise: amplitude of the features' uniform noise at 512 tokens; token_weight: of the cross-entropy beside
+    the feature loss (EAGLE-1 and 2); unroll, unroll_decay: steps of the training-time test and the weight of
+    each relative to the one before (EAGLE-3)."""
 
     distill: float = 0.9
+    clip_by: str = "norm"
+    noise: float = 0.2
+    token_weight: float = 0.1
+    unroll: int = 7
+    unroll_decay: float = 0.8
+
+    def check(self, name: str) -> None:
+        """See `StageSettings.check`."""
+        super().check(name)
+        if self.clip_by not in ("norm", "value"):
+            raise ValueError(f"stages.{name}.clip_by must be norm or value, got {self.clip_by!r}.")
+        if self.unroll < 1:
+            raise ValueError(f"stages.{name}.unroll must be at least 1, got {self.unroll}.")
 
 
 @dataclass

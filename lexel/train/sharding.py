@@ -19,7 +19,7 @@ def shard(network: nn.Module, mesh: Any) -> None:
     for block in _blocks(network):
         fully_shard(block, mesh=mesh)
     fully_shard(network, mesh=mesh)
-    for name in ("encode", "decode", "embed", "loss", "flow", "predict_proxy"):
+    for name in ("encode", "decode", "embed", "loss", "flow", "predict_proxy", "draft_logits"):
         if hasattr(network, name):
             register_fsdp_forward_method(network, name)
 

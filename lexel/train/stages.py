@@ -76,7 +76,18 @@ def run_lm(chain: Chain) -> None:
 
 
 def run_drafter(chain: Chain) -> None:
-    """Distil the trained language model into a small one."""
+    """Train what drafts for the language model: the kind that ``run.drafter`` configures."""
+    from lexel.models.causal_lm import CausalLMConfig
+    from lexel.models.eagle import EagleConfig
+    from lexel.models.neighbour_table import NeighbourTableConfig
+
+    kinds = {CausalLMConfig: _distil, EagleConfig: _distil, NeighbourTableConfig: _neighbours}
+    kinds[chain.run.drafter.func](chain)
+
+
+def _distil(chain: Chain) -> None:
+    """A small language model that imitates the trained one, or a draft head."""
+    from lexel.models.eagle import EagleConfig
     from lexel.train.codec import complete_lm, load_codec
 
     run, stage = chain.run, chain.run.stages.drafter
@@ -84,7 +95,15 @@ def run_drafter(chain: Chain) -> None:
         chain.tokenize()
     folder_of_lm = chain.part_folder("lm")
     codec, lm = load_codec(folder_of_lm), load_lm(folder_of_lm)
-    config = complete_lm(run.drafter, codec)
+    inputs: dict[str, Any] = {"network": run.drafter, "teacher": lm.fingerprint()}
+    config: Any
+    if run.drafter.func is EagleConfig:
+        from lexel.train.eagle_module import complete_eagle
+
+        config = complete_eagle(run.drafter, lm.config)
+    else:
+        config = complete_lm(run.drafter, codec)
+        inputs["objective"] = run.objective["lm"]
     if config.max_length < lm.config.max_length:
         raise LexelError(
             f"the drafter has {config.max_length} positions, the language model {lm.config.max_length}; "
@@ -92,15 +111,44 @@ def run_drafter(chain: Chain) -> None:
         )
 
     def work(folder: Path) -> dict[str, Any]:
-        from lexel.train.lm_module import DrafterModule
-
-        network = _fresh(config, run.seed, stage.init)
-        objective = run.objective["lm"](codec.vocabulary.modalities)
-        module = DrafterModule(network, lm, objective, stage, run.seed)
+        module = _drafter_module(chain, config, codec, lm)
         return _train_documents(chain, "drafter", module, folder, codec, stage)
 
-    inputs = {"network": run.drafter, "objective": run.objective["lm"], "teacher": lm.fingerprint()}
     _stage(chain, "drafter", work, **inputs)
+
+
+def _drafter_module(chain: Chain, config: Any, codec: DocumentCodec, lm: CausalLM) -> StageModule:
+    from lexel.models.eagle import EagleConfig
+    from lexel.train.eagle_module import EagleModule, take_over
+    from lexel.train.lm_module import DrafterModule
+
+    run, stage = chain.run, chain.run.stages.drafter
+    network = _fresh(config, run.seed, stage.init)
+    if isinstance(config, EagleConfig):
+        return EagleModule(take_over(network, lm, output=stage.init is None), lm, stage, run.seed)
+    return DrafterModule(network, lm, run.objective["lm"](codec.vocabulary.modalities), stage, run.seed)
+
+
+def _neighbours(chain: Chain) -> None:
+    """The table of neighbouring codes, fitted to the tokenized pictures; no language model is needed."""
+    run, stage = chain.run, chain.run.stages.drafter
+    _need_pictures(chain)
+    chain.tokenize()
+    layout = chain.tokenizer.layout
+    length = layout.positions if layout.grid is None else None
+    config = run.drafter(codebook_sizes=layout.codebook_sizes, grid=layout.grid, length=length)
+
+    def work(folder: Path) -> dict[str, Any]:
+        from lexel.sample.bundle import TRAINED_ON_FILE, write_json
+        from lexel.train.neighbour_module import NeighbourModule, stack_codes
+
+        module = NeighbourModule(_fresh(config, run.seed, stage.init), stage, run.seed)
+        write_json(folder / TRAINED_ON_FILE, {"tokenizer": chain.fingerprint})
+        train, validation = (DrawnDataset(chain.codes(split)) for split in ("train", "validation"))
+        collate = partial(stack_codes, layout=layout)
+        return _train(chain, "drafter", module, folder, train, validation, collate)
+
+    _stage(chain, "drafter", work, network=config, codes=chain.codes_settings())
 
 
 def run_detokenizer(chain: Chain) -> None:
@@ -205,13 +253,14 @@ def _train_documents(
 
 
 def _fresh(config: Any, seed: int, init: str | None) -> Any:
-    """A network with weights drawn from `seed`, or those of the folder or hub id `init`."""
+    """A network with weights drawn from `seed`, or those of the folder or hub id `init`, which may lack the
+    heads of further tokens."""
     torch.manual_seed(seed)
     network = config.build()
     if init is not None:
         from lexel.hub import WEIGHTS_FILE, load_weights, resolve_folder
 
-        load_weights(network, resolve_folder(init) / WEIGHTS_FILE)
+        load_weights(network, resolve_folder(init) / WEIGHTS_FILE, optional="future.")
     return network
 
 
@@ -274,7 +323,9 @@ def _drawing(chain: Chain, codec: DocumentCodec) -> Callable[[nn.Module, int], T
         device = next(network.parameters()).device
         pipeline = Pipeline(chain.tokenizer.to(device), network, codec)
         documents: list[Any] = [[Text(caption), Image.blank()] for caption in captions[:count]]
-        drawn: Any = pipeline.generate(documents, seed=0, sampling=sampling_of(chain)).documents
+        drawn: Any = pipeline.generate(
+            documents, seed=0, sampling=sampling_of(chain), decoding="plain"
+        ).documents
         return torch.stack([document[-1].pixels for document in drawn])[None]
 
     return draw

@@ -5,14 +5,12 @@ b batch · h w picture
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lexel.errors import LexelError
-from lexel.train.module import Metrics, StageModule
+from lexel.train.module import Metrics, StageModule, freeze
 from lexel.train.objectives.flextok import FlowObjective
 from lexel.train.objectives.tokenizer import TokenizerObjective, psnr
 from lexel.train.settings import TokenizerStage
@@ -111,17 +109,3 @@ class TokenizerModule(StageModule):
             return None
         pixels = self.preview[:count].to(self.device)
         return torch.stack([pixels, network.decode(network.encode(pixels))])
-
-
-def freeze(network: nn.Module, names: Sequence[str]) -> tuple[nn.Module, ...]:
-    """No gradient for the named modules and parameters of `network`; returns the modules among them, which
-    should stay in eval mode. Raises LexelError for a name that the network does not have."""
-    modules, parameters = dict(network.named_modules()), dict(network.named_parameters())
-    if unknown := [name for name in names if not name or name not in {**modules, **parameters}]:
-        children = ", ".join(name for name, _ in network.named_children())
-        raise LexelError(
-            f"stages.tokenizer.frozen names {unknown}, not in the tokenizer; it has: {children}."
-        )
-    for name in names:
-        (modules.get(name) or parameters[name]).requires_grad_(False)
-    return tuple(modules[name] for name in names if name in modules)

@@ -39,6 +39,8 @@ SYSTEMS = {
     "fqgan_dual": "factorized:dual",
     "fqgan_triple": "factorized:triple",
     "elm_bae": "bae:bae",
+    "lantern": "lantern:lantern",
+    "eagle_head": "eagle:heads",
 }
 Recompute = Callable[[Fixture], Mapping[str, Tensor]]
 
@@ -119,10 +121,12 @@ def verify(system: str, folder: str | Path) -> Report:
 
 def verify_folder(system: str, folder: Path, prefix: str = "") -> list[Comparison]:
     """The comparisons of one folder, names after `prefix`."""
-    module, function = SYSTEMS[system].split(":")
-    recompute: Recompute = getattr(import_module(f"lexel.verify.{module}"), function)
+    name, function = SYSTEMS[system].split(":")
+    module = import_module(f"lexel.verify.{name}")
+    recompute: Recompute = getattr(module, function)
     with tempfile.TemporaryDirectory() as scratch:
-        fixture = Fixture(folder, Path(scratch))
+        # Records that are not a network's come in a form of their own.
+        fixture: Fixture = getattr(module, "FIXTURE", Fixture)(folder, Path(scratch))
         with _one_thread():
             ours = recompute(fixture)
     return [

@@ -1,4 +1,5 @@
-"""The language model's objective: next-token cross-entropy, weighted and reported per modality.
+"""The language model's objective: next-token cross-entropy, weighted and reported per modality, and the same
+for the heads of further tokens.
 
 b batch · l positions · k codes per position · v vocabulary · m positions that have a target
 """
@@ -21,6 +22,20 @@ def predicting(batch: TokenBatch) -> Tensor:
     return F.pad(wanted[:, 1:], (0, 1))
 
 
+def predicting_further(batch: TokenBatch, distance: int) -> Tensor:
+    """Bool ``[b, l]``: positions of `predicting` whose token `distance` places on is a training target of the
+    same document, that is one which may look back at the position (plain causal attention: any)."""
+    length = batch.modality.shape[1]
+    if distance >= length:
+        return torch.zeros_like(batch.modality, dtype=torch.bool)
+    known = predicting(batch)[:, : length - distance]
+    if batch.loss_mask is not None:
+        known = known & batch.loss_mask[:, distance:]
+    if batch.attention_mask is not None:
+        known = known & batch.attention_mask.diagonal(-distance, 1, 2)
+    return F.pad(known, (0, distance))
+
+
 class NextTokenObjective(nn.Module):
     """``sum_m w_m · CE_m / sum_m w_m · count_m`` over modalities m, plus ``z_loss · mean(log Z ** 2)``.
 
@@ -28,6 +43,10 @@ class NextTokenObjective(nn.Module):
     everywhere is the plain mean per token. Every column of a position counts as one target.
     modalities: names in the order of `TokenBatch.modality`; weights: per name, 1.0 where absent.
     z_loss: weight of the squared log-partition (PaLM, arXiv:2204.02311), over column 0.
+    future_weight, future_decay: where the output has logits of further tokens, the i-th head (from 1, token
+    t + 1 + i) adds ``future_weight · future_decay ** i`` times its own such weighted mean. The defaults are
+    Medusa-2's (arXiv:2401.10774 and its released recipe), for training a model together with its heads; in a
+    frozen model only the decay matters.
     Raises ValueError when weights name an unknown modality or are negative.
     """
 
@@ -36,6 +55,8 @@ class NextTokenObjective(nn.Module):
         modalities: Sequence[str] = ("text", "image"),
         weights: Mapping[str, float] | None = None,
         z_loss: float = 0.0,
+        future_weight: float = 0.2,
+        future_decay: float = 0.8,
     ) -> None:
         super().__init__()
         weights = dict(weights or {})
@@ -43,8 +64,14 @@ class NextTokenObjective(nn.Module):
             raise ValueError(f"loss weights for unknown modalities {unknown}; known: {list(modalities)}.")
         if min(weights.values(), default=0.0) < 0:
             raise ValueError(f"loss weights must not be negative, got {weights}.")
+        if future_weight < 0 or future_decay < 0:
+            raise ValueError(
+                f"future_weight and future_decay must not be negative, got {future_weight}, {future_decay}."
+            )
         self.modalities = tuple(modalities)
         self.z_loss = z_loss
+        self.future_weight = future_weight
+        self.future_decay = future_decay
         self.weights: Tensor
         table = torch.tensor([float(weights.get(name, 1.0)) for name in modalities])
         self.register_buffer("weights", table, persistent=False)
@@ -53,7 +80,8 @@ class NextTokenObjective(nn.Module):
         self, output: LMOutput, batch: TokenBatch, *, code_offsets: Sequence[int] = (), pad_id: int = 0
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss (scalar, float32) and detached metrics ``loss_<modality>``, ``accuracy_<modality>``,
-        ``tokens_<modality>`` (absent modalities are left out) and ``z_loss`` when it is used.
+        ``tokens_<modality>`` (absent modalities are left out), ``z_loss`` when it is used, and
+        ``future<i>_loss_<modality>`` and ``future<i>_accuracy_<modality>`` of each head.
 
         output: logits of every position (``[b, l, v]``) or of `predicting(batch)` only (``[m, v]``).
         code_offsets, pad_id: as in the model's config, needed with several codes per position, where padding
@@ -79,7 +107,25 @@ class NextTokenObjective(nn.Module):
         if self.z_loss:
             penalty = self.z_loss * log_z.square().mean()
             loss, metrics["z_loss"] = loss + penalty, penalty.detach()
+        for head, logits in enumerate(output.future_logits, start=1):
+            picked = logits if logits.ndim == 2 else logits[select]
+            further, figures = self._further(picked, batch, select, 1 + head)
+            loss = loss + self.future_weight * self.future_decay**head * further
+            metrics |= {f"future{head}_{name}": value for name, value in figures.items()}
         return loss, metrics
+
+    def _further(
+        self, logits: Tensor, batch: TokenBatch, select: Tensor, distance: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted mean cross-entropy, and figures, of one head's logits ``[m, v]`` at the positions of
+        `select` for the tokens `distance` places on; 0 where there are none."""
+        known = predicting_further(batch, distance)
+        values = logits[known[select]].float()
+        target = batch.ids.roll(-distance, 1)[known]
+        losses = F.cross_entropy(values, target, reduction="none")
+        hits = values.detach().max(-1).indices == target
+        loss, figures = self._combine(losses, hits, batch.modality.roll(-distance, 1)[known])
+        return loss, {name: value for name, value in figures.items() if not name.startswith("tokens")}
 
     def _combine(self, losses: Tensor, hits: Tensor, kinds: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted mean of the targets' losses ``[t]`` and the figures of each modality."""
