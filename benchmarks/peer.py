@@ -41,7 +41,8 @@ class Allow(nn.Module):
 
     def __init__(self, allowed: Tensor) -> None:
         super().__init__()
-        self.penalty = torch.zeros(allowed.shape).masked_fill_(~allowed, float("-inf"))
+        zeros = torch.zeros(allowed.shape, device=allowed.device)
+        self.penalty = zeros.masked_fill_(~allowed, float("-inf"))
 
     def forward(self, ids: Tensor, scores: Tensor) -> Tensor:
         """``[b, v] -> [b, v]``."""
@@ -59,7 +60,8 @@ class Peer:
                 "transformers' generate() is compared on plain rasters of one code per position."
             )
         self.pipeline, self.steps = pipeline, layout.steps
-        self.allowed = pipeline.codec.vocabulary.mask("image")
+        self.device = pipeline.device
+        self.allowed = pipeline.codec.vocabulary.mask("image").to(self.device)
         self.name = "Qwen3ForCausalLM" if pipeline.lm.config.qk_norm else "LlamaForCausalLM"
 
     def model(self, prompt: TokenSequence) -> Any:
@@ -97,13 +99,15 @@ class Peer:
         """Long ``[l, 3]`` of the prompt and the picture behind it."""
         slots = self.pipeline.codec.scripts["image"][1]
         picture = [(len(prompt) + i, slot.row, slot.column) for i, slot in enumerate(slots)]
-        return torch.cat([prompt.positions, torch.tensor(picture)])
+        return torch.cat([prompt.positions, torch.tensor(picture)]).to(self.device)
 
     @torch.no_grad()
     def check(self, prompt: TokenSequence) -> float:
         """Largest difference between both models' logits over a prompt and a random picture."""
-        ids = self.allowed.nonzero()[:, 0][torch.randint(int(self.allowed.sum()), (self.steps,))]
-        ids = torch.cat([prompt.ids, ids])[None]
+        ids = self.allowed.nonzero()[:, 0][
+            torch.randint(int(self.allowed.sum()), (self.steps,)).to(self.device)
+        ]
+        ids = torch.cat([prompt.ids, ids.cpu()])[None].to(self.device)
         batch = TokenBatch(ids, torch.zeros_like(ids), self._positions(prompt)[None])
         return float((self.pipeline.lm(batch).logits - self.model(prompt)(ids).logits).abs().max())
 
@@ -115,7 +119,7 @@ class Peer:
         from transformers import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
         model = self.model(prompts[0])
-        ids = torch.stack([prompt.ids for prompt in prompts])
+        ids = torch.stack([prompt.ids for prompt in prompts]).to(self.device)
         options: dict[str, Any] = {
             "max_new_tokens": self.steps,
             "do_sample": config.temperature > 0,
@@ -123,7 +127,9 @@ class Peer:
         }
         if config.temperature > 0:
             options |= {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")}
-        null_ids: Any = None if nulls is None else torch.stack([null.ids for null in nulls])
+        null_ids: Any = None
+        if nulls is not None:
+            null_ids = torch.stack([null.ids for null in nulls]).to(self.device)
         twin = (
             None if nulls is None else self.model(nulls[0])
         )  # the same weights, the null prompt's positions

@@ -286,11 +286,12 @@ def run_peer(peer: Peer, sampler: Sampler, batch: Batch, seed: int) -> Run:
     config = sampler.config if batch.nulls else replace(sampler.config, guidance=1.0)
     draw = peer.prepare(batch.prompts, batch.nulls, config)
     torch.manual_seed(seed)
-    start = clock("cpu")
+    device = sampler.pipeline.device.type
+    start = clock(device)
     ids = draw()
-    decoded = clock("cpu")
+    decoded = clock(device)
     sampler.pixels(ids)
-    return Run(clock("cpu") - start, decoded - start)
+    return Run(clock(device) - start, decoded - start)
 
 
 def race(entries: Sequence[Entry], prompts: Prompts, setting: Setting, seconds: float) -> None:

@@ -171,12 +171,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     began = time.perf_counter()
     options = _options(arguments)
     narrow = Pipeline.from_pretrained(options.bundle).to(options.device)
-    pipeline = copy.copy(narrow)
+    pipeline = narrow
     if options.factor > 1:
-        pipeline.lm = widen(narrow.lm, options.factor)
         # Heads read features of the width they were trained on.
-        kept = {name: part for name, part in narrow.drafters.items() if not isinstance(part, Eagle)}
-        pipeline.drafters = kept
+        narrow.drafters = {k: part for k, part in narrow.drafters.items() if not isinstance(part, Eagle)}
+        pipeline = copy.copy(narrow)
+        pipeline.lm = widen(narrow.lm, options.factor)
     prompts, rules = Prompts(narrow, options.seed), lossy_rules(narrow)
     # A widened copy has the narrow model's distributions: what follows from them is measured there.
     drawing = Sampler(narrow, narrow.sampling["image"])
@@ -260,9 +260,7 @@ class Bench:
 
 def _peer(pipeline: Pipeline, prompts: Prompts) -> Peer | None:
     """transformers with the same weights, whose logits must be the same; None where it cannot express the
-    model or is not on this device."""
-    if pipeline.device.type != "cpu":
-        return None
+    model."""
     try:
         peer = Peer(pipeline)
     except LexelError as error:

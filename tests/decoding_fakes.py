@@ -184,6 +184,7 @@ DRAFTERS = {
     "plain": lambda lm, kit, window: None,
     "nested": lambda lm, kit, window: NestedDrafter(lm, 0.25, window),
     "model": lambda lm, kit, window: ModelDrafter(little(kit, lm), window),
+    "model-guided": lambda lm, kit, window: ModelDrafter(little(kit, lm), window, guided=True),
     "sjd": lambda lm, kit, window: JacobiDrafter(window, coupling="independent"),
     "sjd-repeat": lambda lm, kit, window: JacobiDrafter(window, "repeat", "independent"),
     "jacobi": lambda lm, kit, window: JacobiDrafter(window),

@@ -130,10 +130,13 @@ def test_throughput(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.fixture(scope="module")
 def drawing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny bundle that knows its scenes."""
+    """A tiny bundle that knows its scenes and has a head that drafts."""
     from lexel.data.shapes import ShapesConfig
+    from lexel.models.eagle import EagleConfig
 
     pipeline = build_tiny_pipeline()
+    config = pipeline.lm.config
+    pipeline.drafters["eagle"] = EagleConfig(config.vocab_size, config.dim, config.heads, 64).build().eval()
     pipeline.scenes = ShapesConfig(count=64)
     folder = tmp_path_factory.mktemp("bundles") / "drawing"
     pipeline.save_pretrained(folder)
@@ -174,7 +177,10 @@ def test_sampling(drawing: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(
         row["ratio_to_plain"] == row["verify_cost"] == row["mean_accepted"] == 1 for row in plain.values()
     )
-    assert {row["strategy"] for row in first} >= set(Pipeline.from_pretrained(drawing).strategies) - {"zipar"}
+    known = {name for name in Pipeline.from_pretrained(drawing).strategies if not name.startswith("eagle")}
+    ran = {row["strategy"] for row in first}
+    assert ran >= known - {"zipar"}
+    assert "eagle" not in ran, "a widened model's features are not those that the head reads"
     drafted = [row for row in first if row["strategy"] == "drafter"]
     assert all(row["draft_cost"] > 0 and 1 <= row["mean_accepted"] <= 5 for row in drafted)
     assert "| generate " in capsys.readouterr().out
@@ -286,3 +292,17 @@ def test_disagreement_is_an_error() -> None:
         wrong = replace(theirs, decode=lambda codes: ours.decode(codes) + 0.1)  # type: ignore[misc]
         with pytest.raises(ValueError, match="draw pictures"):
             agree(ours, wrong, options)
+
+
+def test_windows_compares_every_strategy_at_several_windows(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks import windows
+
+    found, drawn = tmp_path / "windows.json", tmp_path / "windows.png"
+    windows.main(["--quick", "--bundle", str(tiny_bundle), "--json", str(found), "--png", str(drawn)])
+    rows = json.loads(found.read_text())
+    assert {(row["strategy"], row["window"]) for row in rows} >= {("nested", 2), ("drafter", 4)}
+    assert all(row["mean_accepted"] >= 1 and row["ratio_to_plain"] > 0 for row in rows)
+    assert "plain" in capsys.readouterr().out
+    assert drawn.read_bytes().startswith(b"\x89PNG")

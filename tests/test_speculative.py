@@ -171,7 +171,7 @@ def test_a_drafter_equal_to_the_target_is_always_accepted():
     """Every round gains the window and the bonus token until the picture is full: 6 = 4 + 2."""
     kit = codec(RASTER)
     lm = model(kit)
-    _, _, stats = decode(lm, kit, TEXTS, ("image",), GUIDED, ModelDrafter(lm, window=3))
+    _, _, stats = decode(lm, kit, TEXTS, ("image",), GUIDED, ModelDrafter(lm, window=3, guided=True))
     assert stats.accept_lengths == (4, 2) * len(TEXTS)
     assert (stats.target_forwards, stats.draft_forwards) == (2, 4)
 

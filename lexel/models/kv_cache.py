@@ -40,6 +40,7 @@ class KVCache:
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self._lengths = [0] * batch
         self._slots: Tensor | None = None
+        self._places: Tensor | None = None
 
     @property
     def batch(self) -> int:
@@ -80,21 +81,32 @@ class KVCache:
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write ``[b, g, q, e]`` at the end of each row and return views ``[b, g, span(q), e]``.
         Lengths change only in `advance`, after the last layer. Raises LexelError when full."""
-        new = keys.shape[2]
+        new, batch = keys.shape[2], self.batch
         span = self.span(new)
-        for store, value in ((self.keys[layer], keys), (self.values[layer], values)):
+        here = self.keys[layer], self.values[layer]
+        for store, value in zip(here, (keys, values)):
             if self.uniform:
-                store[: self.batch, :, span - new : span] = value
+                store[:batch, :, span - new : span] = value
             else:
-                rows = torch.arange(self.batch, device=store.device)[:, None]
-                store[rows, :, self._new_slots(new)] = value.transpose(1, 2).to(store.dtype)
-        return self.keys[layer, : self.batch, :, :span], self.values[layer, : self.batch, :, :span]
+                # Of all ways to scatter a few short rows, this is the quickest.
+                flat = value.to(store.dtype).reshape(-1, value.shape[3])
+                store.view(-1, store.shape[3]).index_copy_(0, self._new_places(new), flat)
+        return here[0][:batch, :, :span], here[1][:batch, :, :span]
 
     def _new_slots(self, new: int) -> Tensor:
         """Long ``[b, new]``: where the next tokens of each row go; kept until lengths change."""
         if self._slots is None or self._slots.shape[1] != new:
             self._slots = self.lengths[:, None] + torch.arange(new, device=self.keys.device)
         return self._slots
+
+    def _new_places(self, new: int) -> Tensor:
+        """Long ``[b · g · new]``: the same as places in a layer's store seen as ``[rows · g · t, e]``."""
+        slots = self._new_slots(new)
+        if self._places is None or len(self._places) != self.batch * self.keys.shape[2] * new:
+            heads, slots_each = self.keys.shape[2:4]
+            head = torch.arange(self.batch * heads, device=slots.device).reshape(self.batch, heads, 1)
+            self._places = (head * slots_each + slots[:, None]).flatten()
+        return self._places
 
     def visible(self, new: int) -> Tensor | None:
         """Bool ``[b or 1, new, span(new)]``: each new token sees its row's tokens, itself and the new ones
@@ -191,4 +203,4 @@ class KVCache:
 
     def _set(self, lengths: list[int]) -> None:
         self._lengths = lengths
-        self._slots = None
+        self._slots = self._places = None

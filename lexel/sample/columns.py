@@ -15,7 +15,7 @@ from torch import Tensor
 from lexel.document import State
 from lexel.sample.logits import Distribution, target_distribution
 from lexel.sample.policy import Place
-from lexel.sample.session import Session
+from lexel.sample.session import Session, unguided
 from lexel.sample.stream import Prediction, Tree
 
 Books = tuple[int | None, ...]
@@ -111,10 +111,12 @@ class Columns:
                 parts.append(self._padding(len(numbers), prediction.hidden))
                 continue
             some = [cells[number] for number in numbers]
-            logits, twins = self._logits(prediction, some, column, next_only, config.guidance != 1.0)
+            guided = config.guidance != 1.0 and prediction.guided
+            logits, twins = self._logits(prediction, some, column, next_only, guided)
             ids = self.vocabulary.block(self.vocabulary.modalities[modality], book).to(logits.device)
             size = self.vocabulary.size
-            parts.append(target_distribution(logits, twins, config, ids, size=size))
+            settings = config if guided else unguided(config)
+            parts.append(target_distribution(logits, twins, settings, ids, size=size))
         return self.session.arranged(parts, order, len(cells))
 
     def _padding(self, count: int, like: Tensor) -> Distribution:

@@ -6,7 +6,8 @@ b sequences · g drafted tokens (padded) · k columns (codes per position) · s 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -168,14 +169,15 @@ class Session:
         cond, uncond = (x.flatten() for x in (prediction.cond, prediction.uncond))
         if index is not None:
             cond, uncond = cond[index], uncond[index]
-        hidden = prediction.rows(torch.cat([cond, uncond]) if config.guidance != 1.0 else cond)
+        guided = config.guidance != 1.0 and prediction.guided
+        hidden = prediction.rows(torch.cat([cond, uncond]) if guided else cond)
         logits = prediction.lm.project(hidden, choice.start, choice.stop)
         if not choice.whole:
             logits = logits[:, choice.ids - choice.start]
         return target_distribution(
             logits[: len(cond)],
-            logits[len(cond) :] if config.guidance != 1.0 else None,
-            config,
+            logits[len(cond) :] if guided else None,
+            config if guided else unguided(config),
             choice.ids,
             processors=self.rows[row].policy.processors,
             contexts=contexts,
@@ -226,3 +228,9 @@ class Session:
             None if row.policy.grammar.done(state) else row.policy.place(state)
             for row, state in zip(self.rows, states)
         ]
+
+
+@lru_cache(maxsize=64)
+def unguided(config: SamplingConfig) -> SamplingConfig:
+    """The settings without guidance."""
+    return replace(config, guidance=1.0)

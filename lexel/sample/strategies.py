@@ -42,20 +42,28 @@ class Strategy:
     about: str
 
 
+def _on_cpu(lm: CausalLM) -> bool:
+    """Where the cost of a pass grows with its tokens from a handful on; elsewhere dozens are nearly free."""
+    return lm.model.embed_tokens.weight.device.type == "cpu"
+
+
 def _builtin(lm: CausalLM) -> dict[str, Strategy]:
     """What needs no further part."""
+    wide = 4 if _on_cpu(lm) else 16  # the released demos' window
     found = {
         "jacobi": Strategy(
-            lambda lm, window: JacobiDrafter(window), 16, "Jacobi window, random start, maximal coupling"
+            lambda lm, window: JacobiDrafter(window), wide, "Jacobi window, random start, maximal coupling"
         ),
         "jacobi-repeat": Strategy(
-            lambda lm, window: JacobiDrafter(window, init="repeat"), 16, "the same, started from the left"
+            lambda lm, window: JacobiDrafter(window, init="repeat"), wide, "the same, started from the left"
         ),
         "jacobi-gumbel": Strategy(
-            lambda lm, window: JacobiDrafter(window, coupling="gumbel"), 16, "Jacobi window, Gumbel coupling"
+            lambda lm, window: JacobiDrafter(window, coupling="gumbel"),
+            wide,
+            "Jacobi window, Gumbel coupling",
         ),
         "sjd": Strategy(
-            lambda lm, window: JacobiDrafter(window, coupling="independent"), 16, "as first published"
+            lambda lm, window: JacobiDrafter(window, coupling="independent"), wide, "as first published"
         ),
     }
     found["lookup"] = Strategy(
@@ -63,7 +71,7 @@ def _builtin(lm: CausalLM) -> dict[str, Strategy]:
     )
     if lm.config.columns == 1:
         found["pac"] = Strategy(
-            lambda lm, window: _pac(lm, window, "repeat"), 16, "Jacobi window that begins as a tree"
+            lambda lm, window: _pac(lm, window, "repeat"), wide, "Jacobi window that begins as a tree"
         )
     if lm.config.future_heads:
         found["heads"] = Strategy(
@@ -85,15 +93,15 @@ def _of_model(name: str, model: Any) -> dict[str, Strategy]:
     if isinstance(model, NeighbourTable):
         return {
             name: Strategy(
-                lambda lm, window: TableDrafter(model, window), 6, "codes from their neighbours alone"
+                lambda lm, window: TableDrafter(model, window), 4, "codes from their neighbours alone"
             ),
             f"jacobi-{name}": Strategy(
                 lambda lm, window: JacobiDrafter(window, TableGuess(model)),
-                8,
+                4,
                 "Jacobi window, started from them",
             ),
             f"pac-{name}": Strategy(
-                lambda lm, window: _pac(lm, window, TableGuess(model)), 8, "the same, beginning as a tree"
+                lambda lm, window: _pac(lm, window, TableGuess(model)), 4, "the same, beginning as a tree"
             ),
         }
     if isinstance(model, Eagle):
@@ -117,17 +125,17 @@ def _of_model(name: str, model: Any) -> dict[str, Strategy]:
 
 def _pac(lm: CausalLM, window: int, init: Init | Guess) -> PacDrafter:
     """With a tree as published where a pass costs the same for many nodes."""
-    width, depth = (2, 1) if lm.model.embed_tokens.weight.device.type == "cpu" else (3, 2)
+    width, depth = (2, 1) if _on_cpu(lm) else (3, 2)
     return PacDrafter(window, width, min(depth, window), init)
 
 
 def _tree_size(lm: CausalLM) -> tuple[int, int]:
     """Width and nodes of EAGLE-2's tree: as published where a pass costs the same for many nodes."""
-    return (2, 8) if lm.model.embed_tokens.weight.device.type == "cpu" else (10, 60)
+    return (2, 8) if _on_cpu(lm) else (10, 60)
 
 
 def _tree_shape(lm: CausalLM) -> TreeShape:
-    if lm.model.embed_tokens.weight.device.type != "cpu":
+    if not _on_cpu(lm):
         return tree_shape("mc_sim_7b_63")
     return TreeShape.of(tuple(map(int, path)) for path in ("0", "1", "2", "00", "01", "10", "000", "0000"))
 

@@ -54,13 +54,14 @@ class Prediction:
     """Hidden states ``[r, q, d]`` of one pass, and for each sequence and drafted position (0: after the last
     known token, j + 1: after token j) which of its rows ``r · q`` to read: long ``[b, m]``; `uncond` holds -1
     for sequences without guidance. lm: the network that was run; inputs: inputs ``[r, q, d]`` of the blocks
-    asked for."""
+    asked for; guided: False where no sequence has an unconditional row, and settings' guidance is ignored."""
 
     lm: CausalLM
     hidden: Tensor
     cond: Tensor
     uncond: Tensor
     inputs: tuple[Tensor, ...] = ()
+    guided: bool = True
 
     def rows(self, index: Tensor) -> Tensor:
         """Hidden states ``[n, d]`` at an index into all rows."""
@@ -211,7 +212,7 @@ class Stream:
         if min(width_of) < hidden.shape[1]:
             self.cache.crop([have + new for have, new in zip(before, width_of)])
         cond, uncond = self._index(starts, 1 + max(len(tree.tokens) for tree in trees), hidden.shape[1])
-        return Prediction(self.lm, hidden, cond, uncond, inputs)
+        return Prediction(self.lm, hidden, cond, uncond, inputs, any(self.guided))
 
     def _pass(
         self, blocks: list[list[Token]], parents: list[list[int]] | None, width: float | None

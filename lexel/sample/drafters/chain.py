@@ -151,11 +151,12 @@ class NestedDrafter(ChainDrafter):
 
 
 class ModelDrafter(ChainDrafter):
-    """Drafts with a separate small model. Raises LexelError when its vocabulary has another size."""
+    """Drafts with a separate small model. guided: whether it reads the unconditional rows too; without them
+    it drafts at half the cost, and hardly worse. Raises LexelError when its vocabulary has another size."""
 
-    def __init__(self, lm: CausalLM, window: int = 4) -> None:
+    def __init__(self, lm: CausalLM, window: int = 4, *, guided: bool = False) -> None:
         super().__init__(window)
-        self.lm = lm
+        self.lm, self.guided = lm, guided
         self.own = Stream(lm)
 
     def admit(self, session: Session, rows: list[Row], prompts: Prediction | None) -> None:
@@ -165,9 +166,9 @@ class ModelDrafter(ChainDrafter):
             raise LexelError(f"the drafting model has {own} ids, the target {theirs}; they must be the same.")
         if self.own is None or len(session.rows) == len(rows):
             self.own = Stream(self.lm)
-        longest = max(max(len(row.prompt), len(row.null or ())) + row.remaining() for row in rows)
-        slots = longest + self.window + 2
-        self.own.admit([row.prompt for row in rows], [row.null for row in rows], slots)
+        nulls = [row.null if self.guided else None for row in rows]
+        longest = max(max(len(row.prompt), len(n or ())) + row.remaining() for row, n in zip(rows, nulls))
+        self.own.admit([row.prompt for row in rows], nulls, longest + self.window + 2)
 
     def propose(self, session: Session) -> Proposal:
         """See `Drafter.propose`."""
