@@ -21,13 +21,11 @@ from lexel.models.eagle import Eagle, EagleConfig, EagleState, default_feature_l
 from lexel.sample.draft_trees import (
     TreeShape,
     chain,
-    draw_children,
     dynamic_tree,
     most_probable,
     static_tree,
     tree_shape,
 )
-from lexel.sample.logits import Distribution
 from lexel.train.eagle_module import EagleModule, complete_eagle, imitation, take_over
 from lexel.train.settings import DrafterStage
 from lexel.types import TokenBatch
@@ -388,16 +386,6 @@ class TestStaticTree:
         table = Table(1, 4)
         tree = static_tree(table.root, table, chain(3), most_probable)
         assert tree.parents.tolist() == [[-1, 0, 1]]
-
-    def test_drawing_without_replacement(self) -> None:
-        probs = torch.tensor([[0.5, 0.25, 0.25, 0.0]]).expand(20000, -1)
-        distribution = Distribution(torch.arange(4).expand(20000, -1), probs, 4)
-        uniforms = torch.rand(20000, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        drawn = draw_children(distribution, uniforms)
-        assert (drawn[:, 3] == 4).all()  # the fourth has no probability, so there are three to draw
-        assert (drawn[:, :3].sort().values == torch.arange(3)).all()
-        share = ((drawn[:, 0] == 1) & (drawn[:, 1] == 0)).float().mean()
-        assert abs(share - 0.25 * 0.5 / 0.75) < 0.01
 
 
 LM = CausalLMConfig(vocab_size=40, dim=16, layers=4, heads=2, rope_axes=(0.5, 0.25, 0.25), max_length=32)

@@ -48,3 +48,17 @@ def test_fixed_widths_change_nothing(name, layout, monkeypatch):
     found, stream = generated(lm, kit, make(), True, monkeypatch)
     assert found == expected
     assert stream._steps  # the fixed widths were really used
+
+
+def test_a_pass_that_cannot_be_captured_is_run_as_it_is(monkeypatch, caplog):
+    def refuse(self, *_):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    kit = codec(RASTER)
+    lm = model(kit, dtype=torch.float64)
+    expected, _ = generated(lm, kit, None, False, monkeypatch)
+    monkeypatch.setattr("lexel.models.graphs.GraphedStep.__call__", refuse)
+    found, stream = generated(lm, kit, None, True, monkeypatch)
+    assert found == expected
+    assert not stream.graphed
+    assert "without CUDA graphs: operation not permitted" in caplog.text

@@ -7,7 +7,7 @@ import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 from transformers.generation import logits_process as hf
 
-from lexel.sample.logits import Distribution, SamplingConfig, draw, target_distribution, uniform_source
+from lexel.sample.logits import Distribution, SamplingConfig, draw, target_distribution
 
 
 def seeded(seed=0):
@@ -269,8 +269,3 @@ def test_draw_is_unbiased_over_a_grid_of_uniforms():
     uniforms = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     found = draw(weights.expand(count, -1), uniforms).bincount(minlength=11) / count
     torch.testing.assert_close(found.double(), weights[0], rtol=0, atol=1.01 / count)
-
-
-def test_uniforms_repeat_with_the_generators_seed():
-    first, second = (uniform_source(torch.Generator().manual_seed(3), torch.device("cpu")) for _ in range(2))
-    assert torch.equal(first(2, 3), second(2, 3))

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lexel.errors import LexelError
-from lexel.sample.logits import Distribution
 
 # (tokens long [b, n], parents long [b, n]) -> log-probabilities or logits [b, n, v] of what follows each.
 Expand = Callable[[Tensor, Tensor], Tensor]
@@ -191,16 +190,6 @@ def most_probable(scores: Tensor, count: int) -> Tensor:
     return F.pad(
         best.indices.masked_fill(~(best.values > -torch.inf), size), (0, max(0, count - size)), value=size
     )
-
-
-def draw_children(probs: Distribution, uniforms: Tensor) -> Tensor:
-    """Long ``[n, c]``: for each of n distributions c tokens drawn one after the other without replacement, at
-    `uniforms` float64 ``[n, c]``; `size` where nothing is left to draw."""
-    drawn = []
-    for column in uniforms.unbind(1):
-        drawn.append(probs.draw(column))
-        probs = probs.without(drawn[-1])
-    return torch.stack(drawn, dim=1)
 
 
 def _kept(tokens: Tensor, parents: Tensor, sources: Tensor, keep: Tensor) -> DraftedTree:

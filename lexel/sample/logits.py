@@ -18,8 +18,6 @@ from torch import Tensor
 
 # transformers' signature: (input_ids long [1, l], scores float [1, v]) -> scores float [1, v].
 Processor = Callable[[Tensor, Tensor], Tensor]
-# A source of uniforms: a shape -> float64 in [0, 1). Tests inject their own.
-Uniform = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -330,13 +328,3 @@ def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
     # Below 1 by more than float64 rounding, so that u · total stays below the total.
     at = uniforms.double().clamp(max=1 - 2.0**-40)[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, at, right=True)[:, 0]
-
-
-def uniform_source(generator: torch.Generator | None, device: torch.device) -> Uniform:
-    """Uniforms drawn from `generator` (or the global one), moved to `device`."""
-    at = generator.device if generator is not None else device
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator, device=at, dtype=torch.float64).to(device)
-
-    return uniform

@@ -10,6 +10,7 @@ r lanes · q new tokens per lane · m drafted positions (with the last known one
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -228,7 +229,12 @@ class Stream:
         if step is None or step.cache is not self.cache:
             step = self._steps[wide, width] = GraphedStep(self.lm, self.cache, wide, torch.clone, width)
         batch = self._batch(blocks, wide, None)
-        hidden = step(batch.ids, batch.positions, None if parents is None else _trees(parents, wide))
+        try:
+            hidden = step(batch.ids, batch.positions, None if parents is None else _trees(parents, wide))
+        except RuntimeError as reason:  # a driver or network that cannot be captured
+            logging.getLogger(__name__).warning("decoding without CUDA graphs: %s", reason)
+            self.graphed = False
+            return self._pass(blocks, parents, width)
         self.cache.advance(wide)
         return hidden, ()
 
