@@ -29,6 +29,8 @@ class Clock:
     def perf_counter(self):
         return self.now
 
+    process_time = perf_counter
+
     def step(self, queue, original=Generator.step):
         self.now += self.costs[type(queue.drafter).__name__]
         return original(queue)

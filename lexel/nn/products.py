@@ -29,7 +29,7 @@ BUCKETS = (1, 2, 3, 4, 8, 16, 32, 64, 128)
 COLD = 40 * 2**20
 """Bytes that do not stay in a core's caches between two uses: measurements stream so much, or the model."""
 
-PASSES = 4
+PASSES = 8
 """Times that each method is measured; the quickest counts, since other programs only ever slow it down."""
 
 RECORD = "products"
