@@ -4,7 +4,7 @@ Which drafter and window pay depends on the model (how much is accepted) and on 
 several tokens costs). So the first call races the strategies on its own requests, a few rounds each and in
 turns, and writes down the winner: calls after it, in other processes too, repeat that choice, and with it
 their random numbers. The winner of so many is often just lucky: it must beat plain decoding again, by a
-margin, in a duel that counts alone. """
+margin, in a duel that counts alone."""
 
 from __future__ import annotations
 
