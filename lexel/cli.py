@@ -171,6 +171,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lexel {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
+    _add_drawing_commands(commands)
+    _add_reconstruct(commands)
+    _add_published_commands(commands)
+    _add_data_commands(commands)
+    return parser
+
+
+def _add_drawing_commands(commands: Any) -> None:
     sample = _command(
         commands, "sample", _sample, "draw pictures of a text",
         'lexel sample "a red circle left of a blue square" --count 4 --out pictures --seed 1',
@@ -193,6 +201,8 @@ def build_parser() -> argparse.ArgumentParser:
     for add in (_add_sampling, _add_bundle, _add_dtype, _add_json):
         add(describe)
 
+
+def _add_reconstruct(commands: Any) -> None:
     reconstruct = _command(
         commands, "reconstruct", _reconstruct, "send a picture through its tokens and back",
         "lexel reconstruct photo.png --out photo-tokens.png\n"
@@ -228,6 +238,8 @@ def build_parser() -> argparse.ArgumentParser:
     for add in (_add_detokenizer, _add_bundle, _add_json):
         add(reconstruct)
 
+
+def _add_published_commands(commands: Any) -> None:
     published = _command(
         commands, "published", _published, "list the published tokenizers that load by name",
         "lexel published --json",
@@ -259,9 +271,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--size", type=_number(1), help="side of the test pictures (default: the tokenizer's, at most 256)"
     )
     _add_json(verify)
-
-    _add_data_commands(commands)
-    return parser
 
 
 def _add_data_commands(commands: Any) -> None:

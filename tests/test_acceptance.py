@@ -22,7 +22,6 @@ from lexel.sample.acceptance import (
     gumbel,
     maximal,
     neighbour_table,
-    redraw,
     without_replacement,
 )
 from lexel.sample.logits import Distribution, SamplingConfig, target_distribution
@@ -556,11 +555,6 @@ class TestCouplings:
         noise = torch.rand(4000, 6, generator=torch.Generator().manual_seed(1))
         same = float((gumbel(p[every], noise) == gumbel(q[every], noise)).double().mean())
         assert same > 0.85 > 0.25 > float((p.dense() * q.dense()).sum())
-
-    def test_a_redraw_forgets(self):
-        p = rows(3, 6, 1)
-        u = torch.tensor([0.1, 0.5, 0.9]).double()
-        assert torch.equal(redraw(p, u), p.draw(u))
 
     def test_without_replacement(self):
         """Ordered pairs of four ids, by cells between all breakpoints of the two uniforms."""

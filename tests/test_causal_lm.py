@@ -175,7 +175,8 @@ def test_a_tree_is_its_branches(model: CausalLM):
     for branch in range(2):
         alone = model(batch_of(torch.cat((prefix, branches[branch : branch + 1]), 1))).logits
         torch.testing.assert_close(logits[0, 2 * branch : 2 * branch + 2], alone[0, 5:], **CLOSE)
-    cache.keep(4, [[2, 3]])
+    cache.gather(0, 5, [2, 3])
+    cache.crop([7])
     last = torch.tensor([[7]])
     expected = model(batch_of(torch.cat((prefix, branches[1:], last), 1))).logits[:, -1:]
     torch.testing.assert_close(model(batch_of(last, 7), cache).logits, expected, **CLOSE)

@@ -80,7 +80,7 @@ def test_reorder_copies_whole_rows(rows: list[int]):
         assert torch.equal(held(cache, new)[:, :, :-1], before[old])
 
 
-def test_keep_closes_the_gaps_between_accepted_tree_nodes():
+def test_gather_closes_the_gaps_between_accepted_tree_nodes():
     cache = make(3, 12)
     push(cache, torch.randn(LAYERS, 3, HEADS, 3, WIDTH))
     cache.crop([3, 1, 2])
@@ -88,7 +88,10 @@ def test_keep_closes_the_gaps_between_accepted_tree_nodes():
     prefix = [held(cache, row).clone() for row in range(3)]
     push(cache, tree)
     paths = [[0, 2, 4], [], [0, 1]]
-    cache.keep(5, paths)
+    for row, (start, path) in enumerate(zip((3, 1, 2), paths)):
+        cache.gather(row, start, path)
+    assert cache.host_lengths == (8, 6, 7)
+    cache.crop([6, 1, 4])
     assert cache.host_lengths == (6, 1, 4)
     for row, path in enumerate(paths):
         assert torch.equal(held(cache, row), torch.cat((prefix[row], tree[:, row][:, :, path]), 2))
@@ -104,7 +107,6 @@ def test_int_crop_caps_and_impossible_requests_say_so():
     assert cache.host_lengths == (1, 2)
     with pytest.raises(ValueError, match="none longer than now"):
         cache.crop([2, 2])
-    with pytest.raises(ValueError, match="one path per row"):
-        cache.keep(2, [[0], [0]])
-    with pytest.raises(ValueError, match="leaves the window"):
-        cache.keep(1, [[0], [1]])
+    for start, path in ((0, [0, 2]), (1, [1]), (0, [1, 0]), (0, [-1])):
+        with pytest.raises(ValueError, match="leaves a row of 2 tokens"):
+            cache.gather(1, start, path)

@@ -95,7 +95,7 @@ def model_card(pipeline: Pipeline, report: Mapping[str, Any] | None = None, note
         "tokenizer": pipeline.tokenizer,
         "language model": pipeline.lm,
         "detokenizer": pipeline.detokenizer,
-        "drafter": pipeline.drafter,
+        **{f"drafter `{name}`": drafter for name, drafter in pipeline.drafters.items()},
     }
     sampling = "; ".join(
         f"{name}: temperature {s.temperature:g}, guidance {s.guidance:g}"

@@ -6,6 +6,7 @@ n layers · b rows · g key/value heads · t slots · e head width · q new toke
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ class KVCache:
 
     Row r's tokens fill slots ``0 .. lengths[r] - 1``; what lies beyond is left over or zero and must be
     masked. A forward writes q new tokens of every row at its own end (`append`, once per layer) and then
-    lengthens every row by q (`advance`). Undoing is `crop`; after verifying a tree, `keep` closes the
-    gaps between the accepted tokens.
+    lengthens every row by q (`advance`). Undoing is `crop`; after verifying a tree, `gather`
+    closes the gaps between the accepted tokens.
 
     Lengths live on the host: no step of decoding waits for the device to read them.
     """
@@ -176,28 +177,14 @@ class KVCache:
         """Make every row hold at least so many tokens."""
         self._reserve(self.batch, slots)
 
-    def keep(self, window: int, paths: Sequence[Sequence[int]]) -> None:
-        """Of each row's last `window` tokens keep those numbered ``paths[r]`` (0 is the window's first),
-        moved together in that order: the accepted branch of a verified tree.
-        Raises ValueError when a row lacks the window or a number lies outside it."""
-        if len(paths) != self.batch or window > min(self._lengths, default=0):
-            raise ValueError(
-                f"keep needs one path per row and {window} tokens in each row of {self._lengths}."
-            )
-        lengths = []
-        for row, path in enumerate(paths):
-            if any(not 0 <= node < window for node in path):
-                raise ValueError(f"path {list(path)} leaves the window of {window} tokens.")
-            start = self._lengths[row] - window
-            lengths.append(start + len(path))
-            if list(path) != list(range(len(path))):
-                self.gather(row, start, path)
-        self._set(lengths)
-
     def gather(self, row: int, start: int, path: Sequence[int]) -> None:
-        """Move the tokens in slots ``start + path[i]`` of a row together, to ``start + i`` (path ascends).
-        Lengths stay; `crop` follows."""
-        slots = start + torch.tensor(path, device=self.keys.device)
+        """Move the tokens in slots ``start + path[i]`` of a row together, to ``start + i``: the accepted
+        branch of a verified tree. Lengths stay; `crop` follows. Raises ValueError when the path does not
+        ascend, or leaves the row."""
+        have = self._lengths[row]
+        if any(a >= b for a, b in pairwise([-1, *path, have - start])):
+            raise ValueError(f"path {list(path)} from slot {start} leaves a row of {have} tokens.")
+        slots = start + torch.tensor(path, dtype=torch.long, device=self.keys.device)
         for store in (self.keys, self.values):
             store[:, row, :, start : start + len(path)] = store[:, row].index_select(2, slots)
 

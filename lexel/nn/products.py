@@ -158,11 +158,6 @@ def failures() -> dict[tuple[str, str], str]:
     return dict(_FAILED)
 
 
-def choices() -> dict[tuple[int, int, str, int, int, int], str]:
-    """What was chosen in this process: (n, k, dtype, MiB streamed, threads, rows) → method."""
-    return dict(_CHOSEN)
-
-
 def _methods(dtype: Precision, kernels: Kernels | None) -> dict[str, Callable[[Tensor], Run]]:
     """Makers of methods from a weight ``[n, k]``, preferred ones first; "device" is what is not measured."""
     made: dict[str, Callable[[Tensor], Run]] = {}

@@ -570,11 +570,6 @@ def gumbel(target: Distribution, noise: Tensor) -> Tensor:
     return torch.where(first < torch.inf, target.ids.gather(1, column), target.size)[:, 0]
 
 
-def redraw(target: Distribution, uniforms: Tensor) -> Tensor:
-    """No coupling (plain SJD): long ``[n]`` drawn from `target` whatever was there before."""
-    return target.draw(uniforms)
-
-
 def without_replacement(distribution: Distribution, count: int, uniforms: Tensor) -> Tensor:
     """Ids long ``[n, count]`` drawn one after the other, each from what the earlier ones left, with
     `uniforms` ``[n, count]``; v from where nothing is left on."""

@@ -11,7 +11,6 @@ b sequences · g drafted tokens · k columns (codes per position) · v vocabular
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,9 +24,12 @@ from lexel.models.causal_lm import CausalLM
 from lexel.sample.acceptance import Acceptance, Target, Verdict, exact
 from lexel.sample.columns import Cell, Columns
 from lexel.sample.drafters.base import Drafter, nothing, replace_by_last
+from lexel.sample.logits import Distribution
 from lexel.sample.policy import Policy, Token
 from lexel.sample.session import Outcome, Proposal, Row, Session
 from lexel.sample.stream import Prediction, Stream, Tree
+
+Drawn = tuple[Distribution, ...]
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Generator:
         if rows < 1:
             raise ValueError(f"a generator needs room for at least 1 row, got {rows}.")
         self.lm, self.drafter, self.acceptance, self.most = lm, drafter, acceptance, rows
-        self.forwards, self.seconds = 0, 0.0
+        self.forwards = 0
         self._waiting: deque[Ticket] = deque()
         self._lock = threading.Lock()
         self._reset()
@@ -171,7 +173,6 @@ class Generator:
 
     def _work(self) -> int:
         """One round; what goes wrong fails everything in flight and leaves the generator fresh."""
-        started = time.perf_counter()
         try:
             with torch.inference_mode():
                 self._admit()
@@ -181,8 +182,6 @@ class Generator:
                 ticket.error, ticket.done = error, True
             self._reset()
             raise
-        finally:
-            self.seconds += time.perf_counter() - started
 
     def _admit(self) -> None:
         """Let those that wait in, as far as there is room, and read their prompts."""
@@ -260,12 +259,11 @@ class Generator:
         further = () if columns is None else columns.targets(prediction, proposal.trees, draft.ids.shape[1])
         target = Target(first, further)
         verdict = self.acceptance(target, draft, session.uniforms, self._relaxed(proposal.trees))
-        before = [row.state for row in session.rows]
-        committed = self._accepted(proposal, prediction, verdict, columns)
-        self._record(target, verdict, committed, columns)
+        committed, drawn = self._accepted(proposal, prediction, verdict, columns)
+        self._record(target, verdict, committed, drawn)
         if soft:  # drafters go on from what is drawn
             target = Target(first.peaks())
-        return Outcome(proposal, draft, prediction, target, verdict, committed, before)
+        return Outcome(proposal, draft, prediction, target, verdict, committed)
 
     def _relaxed(self, trees: Sequence[Tree]) -> Tensor | None:
         """Which drafted tokens a lossy acceptance may relax: those of pictures, never text."""
@@ -278,8 +276,9 @@ class Generator:
 
     def _accepted(
         self, proposal: Proposal, prediction: Prediction, verdict: Verdict, columns: Columns | None
-    ) -> list[list[Token]]:
-        """Move each row past its accepted tokens and the target's own next one; those are returned."""
+    ) -> tuple[list[list[Token]], dict[int, Drawn]]:
+        """Move each row past its accepted tokens and the target's own next one; those are returned, and by
+        row what the further columns of the target's own were drawn from."""
         size, committed = self.session.vocabulary_size, []
         cells, waiting = [], []
         for number, (row, tree) in enumerate(zip(self.session.rows, proposal.trees)):
@@ -297,18 +296,17 @@ class Generator:
                 waiting.append(number)
             elif not row.policy.grammar.done(state):
                 raise LexelError("the model's logits are not finite; its weights are damaged or overflowed.")
-        whole = [cell.ids for cell in cells]
+        whole, drawn = [cell.ids for cell in cells], list[Drawn]()
         if columns is not None:
             whole, drawn = columns.complete(prediction, cells)
-            self._completed = dict(zip(waiting, drawn))
         for number, chosen in zip(waiting, whole):
             row = self.session.rows[number]
             committed[number].append(row.policy.token(row.state, chosen))
             row.state = row.policy.advance(row.state, chosen[0])
-        return committed
+        return committed, dict(zip(waiting, drawn))
 
     def _record(
-        self, target: Target, verdict: Verdict, committed: list[list[Token]], columns: Columns | None
+        self, target: Target, verdict: Verdict, committed: list[list[Token]], drawn: dict[int, Drawn]
     ) -> None:
         """Append what each row gained, with log-probabilities, to its output."""
         rows, gains = self.session.rows, [len(tokens) for tokens in committed]
@@ -322,8 +320,8 @@ class Generator:
         where = torch.tensor(at, dtype=torch.long, device=device)
         chosen = torch.tensor(ids, dtype=torch.long, device=device)
         logprobs = target.first[where].at(chosen).double().log().tolist()
-        if columns is not None:
-            self._add_columns(target, verdict, committed, logprobs)
+        if target.further:
+            _add_columns(target, verdict, committed, drawn, logprobs)
         for row, tokens, gain in zip(rows, committed, gains):
             row.ids += [token.ids for token in tokens]
             row.history += [token.ids[0] for token in tokens]
@@ -331,24 +329,29 @@ class Generator:
             row.gained.append(gain)
             del logprobs[:gain]
 
-    def _add_columns(
-        self, target: Target, verdict: Verdict, committed: list[list[Token]], logprobs: list[float]
-    ) -> None:
-        """Add the log-probabilities of the columns after the first."""
-        place, rows = 0, len(committed)
-        for number, tokens in enumerate(committed):
-            for i, token in enumerate(tokens):
-                path = verdict.path[number]
-                node = path[i] if i < len(path) else verdict.node[number]
-                for column, probs in enumerate(target.further, start=1):
-                    if i < len(path) or column <= verdict.column[number]:
-                        nodes = len(probs) // rows
-                        chosen = torch.tensor([token.ids[column]], device=probs.ids.device)
-                        one = probs[number * nodes + node : number * nodes + node + 1]
-                        logprobs[place] += float(one.at(chosen).double().log())
-                if i == len(path):
-                    drawn = self._completed[number]
-                    for column, probs in enumerate(drawn, start=len(token.ids) - len(drawn)):
-                        chosen = torch.tensor([token.ids[column]], device=probs.ids.device)
-                        logprobs[place] += float(probs.at(chosen).double().log())
-                place += 1
+
+def _add_columns(
+    target: Target,
+    verdict: Verdict,
+    committed: list[list[Token]],
+    drawn: dict[int, Drawn],
+    logprobs: list[float],
+) -> None:
+    """Add the log-probabilities of the columns after the first."""
+    place, rows = 0, len(committed)
+    for number, tokens in enumerate(committed):
+        for i, token in enumerate(tokens):
+            path = verdict.path[number]
+            node = path[i] if i < len(path) else verdict.node[number]
+            for column, probs in enumerate(target.further, start=1):
+                if i < len(path) or column <= verdict.column[number]:
+                    nodes = len(probs) // rows
+                    chosen = torch.tensor([token.ids[column]], device=probs.ids.device)
+                    one = probs[number * nodes + node : number * nodes + node + 1]
+                    logprobs[place] += float(one.at(chosen).double().log())
+            if i == len(path):
+                own = drawn[number]
+                for column, probs in enumerate(own, start=len(token.ids) - len(own)):
+                    chosen = torch.tensor([token.ids[column]], device=probs.ids.device)
+                    logprobs[place] += float(probs.at(chosen).double().log())
+            place += 1

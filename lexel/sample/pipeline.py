@@ -107,7 +107,7 @@ class Pipeline:
         tokenizers: Mapping[str, Tokenizer] | None = None,
     ) -> None:
         self.tokenizer, self.lm, self.codec = tokenizer, lm, codec
-        self.detokenizer, self.drafter = detokenizer, drafter
+        self.detokenizer = detokenizer
         self.drafters = {**({} if drafter is None else {"drafter": drafter}), **(drafters or {})}
         self.sampling = {**DEFAULT_SAMPLING, **(sampling or {})}
         self.decoding = decoding or DecodingConfig()
@@ -229,6 +229,11 @@ class Pipeline:
         self._rules.clear()
         self._choices.clear()
         return self
+
+    @property
+    def drafter(self) -> Any:
+        """The drafter of that name, the bundle's part `drafter/`; None without one."""
+        return self.drafters.get("drafter")
 
     @property
     def device(self) -> torch.device:

@@ -16,7 +16,7 @@ from torch import Tensor
 from lexel.document import State, TokenSequence
 from lexel.sample.acceptance import Draft, Target, Verdict
 from lexel.sample.logits import Distribution, SamplingConfig, target_distribution
-from lexel.sample.policy import Choice, Place, Policy, Token
+from lexel.sample.policy import Choice, Policy, Token
 from lexel.sample.stream import Prediction, Stream, Tree
 
 
@@ -47,9 +47,9 @@ class Row:
         """Whether its plan is fulfilled."""
         return self.policy.grammar.done(self.state)
 
-    def remaining(self, state: State | None = None) -> int:
+    def remaining(self) -> int:
         """How many more tokens may come at most."""
-        return self.policy.grammar.remaining(state or self.state)
+        return self.policy.grammar.remaining(self.state)
 
     def advance(self, state: State, token: int) -> State | None:
         """The grammar's state after `token`; None when the token is not allowed there."""
@@ -84,7 +84,7 @@ class Proposal:
 @dataclass(frozen=True)
 class Outcome:
     """What became of a proposal: the target's pass and distributions, the verdict, the tokens each sequence
-    gained, and the grammar's states before them."""
+    gained."""
 
     proposal: Proposal
     draft: Draft
@@ -92,7 +92,6 @@ class Outcome:
     target: Target
     verdict: Verdict
     committed: list[list[Token]]
-    before: list[State]
 
 
 class Session:
@@ -221,13 +220,6 @@ class Session:
                 line.append([*line[parent + 1], token.ids[0]])
             lines.append(line)
         return lines
-
-    def places(self, states: Sequence[State]) -> list[Place | None]:
-        """The places at one state per row; None where it is done."""
-        return [
-            None if row.policy.grammar.done(state) else row.policy.place(state)
-            for row, state in zip(self.rows, states)
-        ]
 
 
 @lru_cache(maxsize=64)

@@ -255,8 +255,7 @@ class Stream:
 
     def _batch(self, blocks: list[list[Token]], longest: int, mask: Tensor | None) -> TokenBatch:
         """The blocks, padded on the right to `longest` tokens."""
-        columns = len(self.lanes[0].unread[0].ids) if self.lanes and self.lanes[0].unread else 0
-        columns = columns or next(len(block[0].ids) for block in blocks if block)
+        columns = self.lm.config.columns
         filler = Token((0,) * columns, 0, (0, 0, 0))
         padded = [block + [filler] * (longest - len(block)) for block in blocks]
         ids = torch.tensor([[token.ids for token in block] for block in padded], device=self.device)

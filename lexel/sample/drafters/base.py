@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from lexel.document import State
 from lexel.sample.session import Outcome, Proposal, Row, Session
 from lexel.sample.stream import Prediction, Tree
 
@@ -39,9 +38,9 @@ class Drafter(ABC):
     def drop(self, row: int) -> None:  # noqa: B027
         """A row leaves; the last one takes its place."""
 
-    def limit(self, row: Row, state: State | None = None) -> int:
+    def limit(self, row: Row) -> int:
         """Tokens worth drafting: the last remaining one comes with the verifying pass for free."""
-        return min(self.window, row.remaining(state) - 1)
+        return min(self.window, row.remaining() - 1)
 
 
 def nothing(session: Session) -> Proposal:

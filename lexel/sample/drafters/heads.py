@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lexel.errors import LexelError
 from lexel.models.causal_lm import CausalLM
-from lexel.sample.drafters.base import replace_by_last
+from lexel.sample.drafters.base import nothing, replace_by_last
 from lexel.sample.drafters.chain import ChainDrafter
 from lexel.sample.session import Outcome, Proposal, Row, Session
 from lexel.sample.stream import Prediction, Tree
@@ -63,7 +63,7 @@ class HeadsDrafter(ChainDrafter):
         assert lm.future is not None
         known = [state for state in self._known if state is not None]
         if not known:
-            return Proposal([Tree.line([], [row.state]) for row in session.rows])
+            return nothing(session)
         cond, uncond, lanes = list[list[int]](), list[list[int]](), 0
         for state in self._known:
             wide = 0 if state is None else len(state)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lexel.document import State
-from lexel.sample.acceptance import gumbel, maximal, redraw
+from lexel.sample.acceptance import gumbel, maximal
 from lexel.sample.drafters.base import Drafter, replace_by_last
 from lexel.sample.logits import Distribution
 from lexel.sample.policy import Place, Token
@@ -202,14 +202,14 @@ class JacobiDrafter(Drafter):
         uniforms = session.uniforms(wide).flatten()
         # A token of several codes is kept or not as a whole, which says nothing of a single code.
         if self.coupling == "independent" or session.columns > 1 or kept is None or draft.probs is None:
-            return redraw(probs, uniforms)
+            return probs.draw(uniforms)
         # Rows end at different places, and what follows a row's last node was never drafted.
         drafted = torch.arange(wide, device=uniforms.device) < draft.lengths[:, None]
         node, drafted = drafted[:, :-1].flatten(), drafted.flatten()
         old = draft.probs[0][node], draft.ids[..., 0].flatten()[node], kept.flatten()[node]
         fresh = torch.empty(len(probs), dtype=torch.long, device=uniforms.device)
         fresh[drafted] = maximal(probs[drafted], *old, uniforms[drafted])
-        fresh[~drafted] = redraw(probs[~drafted], uniforms[~drafted])
+        fresh[~drafted] = probs[~drafted].draw(uniforms[~drafted])
         return fresh
 
     def _noise(self, session: Session, outcome: Outcome, wide: int, column: int) -> Tensor:

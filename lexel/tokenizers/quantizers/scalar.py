@@ -1,6 +1,8 @@
 """Quantizers without a stored codebook: FSQ (a grid of levels) and LFQ (signs).
 
 b batch · n positions · d latent width · c code width (levels of FSQ, bits of LFQ)
+
+In every class `library` is the module of vector-quantize-pytorch; the name is part of saved weights.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 State lives in the library's modules (`library._codebook.embed` and so on are buffers).
 
 b batch · n positions · k codebooks per position · d latent width · K codebook size
+
+In every class `library` is the module of vector-quantize-pytorch; the name is part of saved weights.
 """
 
 from __future__ import annotations
