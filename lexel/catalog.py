@@ -34,6 +34,8 @@ class Layout:
     zeros: file keys the reference insists on but inference never reads (usage counters), with their shapes:
     ignored on reading, written as zeros.
     pointwise: regular expression of our linear weights ``[o, i]`` that the file keeps as ``[o, i, 1, 1]``.
+    fused: regular expression of file names that hold several of our tensors (those whose name becomes this
+    one), one behind the other along the first axis in the order of our state dict.
     lacks: regular expression of our tensors that such files do not hold at all (a decoder's); the model is
     then built without them, see `System.as_stored`, so that nothing is ever drawn by random weights.
     """
@@ -44,6 +46,7 @@ class Layout:
     ignored: Mapping[str, str] = field(default_factory=dict)
     zeros: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     pointwise: str = ""
+    fused: str = ""
     lacks: str = ""
 
     def name_of(self, key: str) -> str:
@@ -54,16 +57,27 @@ class Layout:
 
     def names(self, model: nn.Module) -> dict[str, str]:
         """Our name → name in the file, for every tensor of `model` that such a file holds.
-        Raises ValueError when two tensors would share a name: a mistake in the rules."""
+        Raises ValueError when two tensors would share a name that is not `fused`: a mistake in the rules."""
         names = {key: self.name_of(key) for key in model.state_dict() if not _matches(self.lacks, key)}
-        if len(set(names.values())) != len(names):
+        own = [name for name in names.values() if not _matches(self.fused, name)]
+        if len(set(own)) != len(own):
             raise ValueError(f"layout {self.name} gives two tensors one name.")
         return names
+
+    def _parts(self, model: nn.Module) -> dict[str, list[str]]:
+        """Name in the file → ours that it holds, one but where they are fused."""
+        parts: dict[str, list[str]] = {}
+        for key, name in self.names(model).items():
+            parts.setdefault(name, []).append(key)
+        return parts
 
     def shapes(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
         """Name in the file → shape, of every tensor a complete file holds (`zeros` included)."""
         own = model.state_dict()
-        shapes = {name: self._stored_shape(key, own[key]) for key, name in self.names(model).items()}
+        shapes = {
+            name: self._stored_shape([own[key] for key in keys], keys[0])
+            for name, keys in self._parts(model).items()
+        }
         return shapes | {self.prefix + key: shape for key, shape in self.zeros.items()}
 
     def is_idle(self, name: str) -> bool:
@@ -76,8 +90,10 @@ class Layout:
     def load(self, model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
         """Fill `model` from a file's tensors, cast to the model's dtype.
         Raises LexelError that lists missing, unknown and wrongly shaped keys of `source`."""
-        names, own = self.names(model), model.state_dict()
-        expected = {name: self._stored_shape(key, own[key]) for key, name in names.items()}
+        parts, own = self._parts(model), model.state_dict()
+        expected = {
+            name: self._stored_shape([own[key] for key in keys], keys[0]) for name, keys in parts.items()
+        }
         found = {
             name: tuple(value.shape)
             for name, value in state.items()
@@ -85,17 +101,29 @@ class Layout:
         }
         if problems := mismatches(expected, found):
             raise LexelError(f"{source} does not fit ({self.name} layout): {problems}.")
-        ours = {key: state[name].reshape(own[key].shape).to(own[key].dtype) for key, name in names.items()}
+        ours = {}
+        for name, keys in parts.items():
+            pieces = state[name].split([len(own[key]) for key in keys]) if len(keys) > 1 else [state[name]]
+            for key, piece in zip(keys, pieces):
+                ours[key] = piece.reshape(own[key].shape).to(own[key].dtype)
         model.load_state_dict(ours)
 
     def export(self, model: nn.Module) -> dict[str, Tensor]:
         """The model's tensors under the file's names and shapes."""
-        own, names = model.state_dict(), self.names(model)
-        state = {name: own[key].reshape(self._stored_shape(key, own[key])) for key, name in names.items()}
+        own, state = model.state_dict(), {}
+        for name, keys in self._parts(model).items():
+            values = [own[key] for key in keys]
+            joined = torch.cat(values) if len(values) > 1 else values[0]
+            state[name] = joined.reshape(self._stored_shape(values, keys[0]))
         return state | {self.prefix + key: torch.zeros(shape) for key, shape in self.zeros.items()}
 
-    def _stored_shape(self, key: str, value: Tensor) -> tuple[int, ...]:
-        return (*value.shape, 1, 1) if _matches(self.pointwise, key) else tuple(value.shape)
+    def _stored_shape(self, values: list[Tensor], key: str) -> tuple[int, ...]:
+        """Of our tensors that the file keeps as one, the first of them named `key`."""
+        if _matches(self.pointwise, key):
+            return (*values[0].shape, 1, 1)
+        if len(values) > 1:
+            return (sum(map(len, values)), *values[0].shape[1:])
+        return tuple(values[0].shape)
 
 
 @dataclass(frozen=True)
@@ -107,7 +135,9 @@ class Published:
     of the system's. parameters: counted by building it. tokens: of one picture at `size` pixels.
     codebook: codes and width. code_licence, weight_licence; source: paper and repository. rfid: the
     published reconstruction FID on ImageNet 256; psnr: the published PSNR in dB and of which pictures (""
-    where none was stated).
+    where none was stated). Of language models: fid, the published FID (FVD for clips) of what they draw;
+    tokenizer: the published name of the one whose codes they read ("" where none is listed), and
+    tokenizer_arguments: what to give it beside its own, such as how its codes are cut into parts.
     """
 
     name: str
@@ -123,6 +153,9 @@ class Published:
     rfid: str = ""
     size: int = 256
     psnr: str = ""
+    fid: str = ""
+    tokenizer: str = ""
+    tokenizer_arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -138,7 +171,8 @@ class System:
     own nesting → its arguments; reads_config: the `config.json` beside a folder's weights, or else the header
     of a safetensors file, is such a config, which is read, as data, on top of the row's arguments.
     dotless_ema: the file holds a second, averaged copy as ``model_ema.<name without dots>`` (SEED-Voken); key
-    "ema" (the default) reads that one, "raw" the other.
+    "ema" (the default) reads that one, "raw" the other. opens, writes: read a checkpoint (a folder or hub id)
+    and write one, for systems whose checkpoints are folders in a format of their own, transformers'.
     """
 
     name: str
@@ -152,6 +186,8 @@ class System:
     as_stored: Callable[[Any, Container[str]], Any] = lambda config, names: config
     flatten: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
     reads_config: bool = False
+    opens: Callable[[str | Path], Any] | None = None
+    writes: Callable[[Any, str | Path], None] | None = None
 
     def known(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """What a reference's config file says of the network; the rest of it (data, training) is left out."""
@@ -219,6 +255,12 @@ def load(
 ) -> Any:
     """The network of a row with its published weights, in eval mode and float32; arguments and errors as for
     `lexel.tokenizers.load_published`."""
+    if system.opens is not None:
+        if config or key:
+            raise LexelError(
+                f"{row.name} is a folder with a config.json of its own; give neither config nor key."
+            )
+        return system.opens(row.repository if path is None else path)
     file = Path(path) if path is not None else _fetch(row)
     wanted = system.config(row.arguments, system.stored_config(file), config)
     state = read_checkpoint(file, key=key, nestings=system.nestings, dotless_ema=system.dotless_ema)
@@ -235,6 +277,9 @@ def export(model: Any, system: System, row: Published, path: str | Path) -> None
         raise LexelError(
             f"{row.name} is written from a {wanted.__name__}, not a {type(model.config).__name__}."
         )
+    if system.writes is not None:
+        system.writes(model, path)
+        return
     state = system.layouts[0].export(model)
     if system.dotless_ema:
         state |= dotless_copy(state)

@@ -86,12 +86,15 @@ class TextTokenizer(Protocol):
 @dataclass(frozen=True)
 class TokenSequence:
     """One document as numbers: ids long ``[l]`` (or ``[l, c]``), modality long ``[l]``, positions long
-    ``[l, 3]`` and loss_mask bool ``[l]``, with the meanings of `TokenBatch`."""
+    ``[l, 3]`` and loss_mask bool ``[l]``, with the meanings of `TokenBatch`. embeds / embed_index: float
+    ``[m, d]`` continuous inputs and long ``[m]``, the positions they replace."""
 
     ids: Tensor
     modality: Tensor
     positions: Tensor
     loss_mask: Tensor
+    embeds: Tensor | None = None
+    embed_index: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -110,8 +113,15 @@ class Slot:
 class DocumentCodec:
     """Writes documents as id sequences with one vocabulary, one text tokenizer and a layout per modality.
 
+    wordings: in how many ways a document may be written; added: most tokens that the writing adds to its
+    texts; square: the colour of the square that pictures of other proportions are laid on before they are
+    read (None: they are cropped). The three are those of published models (`lexel.prompts`).
     Raises ValueError when a layout's codebooks are not the vocabulary's, or layouts differ in columns.
     """
+
+    wordings: int = 1
+    added: int = 0
+    square: tuple[int, int, int] | None = None
 
     def __init__(
         self, vocabulary: Vocabulary, text_tokenizer: TextTokenizer, layouts: Mapping[str, CodeLayout]
@@ -150,15 +160,17 @@ class DocumentCodec:
     def build(
         self,
         document: Document,
-        supervise: str = "last",
+        supervise: str | int = "last",
         *,
         unconditional: bool = False,
         negative: str | None = None,
+        wording: int = 0,
     ) -> TokenSequence:
-        """A complete document as ids. `supervise`: loss on the "last" segment and what closes it, or on "all"
-        ids after ``<bos>``. `unconditional` writes every segment but the last in the vocabulary's null form.
+        """A complete document as ids. `supervise`: loss on the "last" segment and what closes it, on so many
+        last segments, or on "all" ids after ``<bos>``. `unconditional` writes every segment but the last in
+        the vocabulary's null form; wording: which of the `wordings`.
         Raises ValueError on blanks, missing codes or unknown modalities."""
-        writer = _Writer(self)
+        writer = Writer(self)
         writer.special(self.vocabulary.special["bos"], loss=False)
         if unconditional:
             self._write_null(writer, document[:-1], negative)
@@ -166,7 +178,8 @@ class DocumentCodec:
             last = number == len(document) - 1
             if unconditional and not last:
                 continue
-            self._write_segment(writer, segment, loss=last or supervise == "all")
+            counted = isinstance(supervise, int) and number >= len(document) - supervise
+            self._write_segment(writer, segment, loss=last or counted or supervise == "all")
         writer.special(self.vocabulary.special["eos"], loss=True)
         return writer.sequence()
 
@@ -196,7 +209,7 @@ class DocumentCodec:
 
     def _prompt(self, document: Document, *, null: bool, negative: str | None) -> TokenSequence:
         first = self._first_blank(document)
-        writer = _Writer(self)
+        writer = Writer(self)
         writer.special(self.vocabulary.special["bos"], loss=False)
         if null:
             self._write_null(writer, document[:first], negative)
@@ -208,20 +221,20 @@ class DocumentCodec:
                 writer.special(token, loss=False)
         return writer.sequence()
 
-    def _write_null(self, writer: _Writer, condition: Document, negative: str | None) -> None:
+    def _write_null(self, writer: Writer, condition: Document, negative: str | None) -> None:
         form, special = self.vocabulary.null, self.vocabulary.special
         if form == "special":
             writer.special(special["uncond"], loss=False)
         elif form == "negative":
             writer.text(negative or "", loss=False)
         elif form == "padding":
-            replaced = _Writer(self)
+            replaced = Writer(self)
             for segment in condition:
                 self._write_segment(replaced, segment, loss=False)
             for _ in range(len(replaced.rows)):
                 writer.special(special["pad"], loss=False)
 
-    def _write_segment(self, writer: _Writer, segment: Segment, *, loss: bool) -> None:
+    def _write_segment(self, writer: Writer, segment: Segment, *, loss: bool) -> None:
         if isinstance(segment, Text):
             if segment.text is None:
                 raise ValueError(
@@ -264,8 +277,13 @@ class DocumentCodec:
         return self.scripts[modality]
 
     def parse(self, ids: Tensor) -> list[Segment]:
-        """Ids ``[l]`` or ``[l, c]`` → document. Ids after the first ``<eos>`` and pads are ignored, a
-        picture cut off at the end is an error. Raises ValueError on ids that no document produces."""
+        """The ids of a whole document → the document, see `segments`."""
+        return self.segments(ids)
+
+    def segments(self, ids: Tensor) -> list[Segment]:
+        """Ids ``[l]`` or ``[l, c]`` of any part of a document → its segments. Ids after the first ``<eos>``
+        and pads are ignored, a picture cut off at the end is an error. Raises ValueError on ids that no
+        document produces."""
         rows = ids[:, None] if ids.ndim == 1 else ids
         special = self.vocabulary.special
         begins = {self.vocabulary.begin(modality): modality for modality in self.layouts}
@@ -323,16 +341,23 @@ class DocumentCodec:
         def pad(tensors: list[Tensor], value: int) -> Tensor:
             return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
+        given = [
+            (s.embeds, torch.stack([torch.full_like(s.embed_index, row), s.embed_index], dim=1))
+            for row, s in enumerate(sequences)
+            if s.embeds is not None and s.embed_index is not None
+        ]
         return TokenBatch(
             ids=pad([s.ids for s in sequences], self.vocabulary.special["pad"]),
             modality=pad([s.modality for s in sequences], 0),
             positions=pad([s.positions for s in sequences], 0),
             loss_mask=pad([s.loss_mask for s in sequences], 0),
+            embeds=torch.cat([embeds for embeds, _ in given]) if given else None,
+            embed_index=torch.cat([index for _, index in given]) if given else None,
         )
 
 
-class _Writer:
-    """Collects rows of (ids, modality, row, column, loss) and turns them into a TokenSequence."""
+class Writer:
+    """Collects rows of (ids, modality, row, column, loss) and turns them into a `TokenSequence`."""
 
     def __init__(self, codec: DocumentCodec) -> None:
         self.codec = codec
@@ -397,7 +422,7 @@ class Grammar:
 
     def start(self, prompt: TokenSequence) -> State:
         """The state after `prompt`, which ends where the first planned segment's content starts."""
-        return State(0, 0, len(prompt), self.plan[0])
+        return State(0, 0, int(prompt.positions[-1, 0]) + 1, self.plan[0])
 
     def done(self, state: State) -> bool:
         """Whether the plan is fulfilled."""
@@ -413,6 +438,13 @@ class Grammar:
         """(index, row, column) of the next token, as in `TokenBatch.positions`."""
         slot = self._slot(state)
         return (state.index, slot.row, slot.column) if slot is not None else (state.index, 0, 0)
+
+    def step(self, state: State) -> tuple[int, int] | None:
+        """(number of the next code in its picture, codes of the picture); None where no code follows."""
+        slot = self._slot(state)
+        if slot is None or slot.step is None:
+            return None
+        return slot.step, self.codec.layouts[state.modality].steps
 
     def _opening(self, segment: int) -> tuple[int, ...]:
         if segment >= len(self.plan) or self.plan[segment] == "text":

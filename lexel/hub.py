@@ -49,13 +49,10 @@ def _decode(hint: Any, value: Any) -> Any:
         for option in options:
             if dataclasses.is_dataclass(option):
                 return decode_config(typing.cast(type, option), value)
-    if isinstance(value, list):
-        return _tuple(value)
+    if isinstance(value, list | tuple):
+        inner = next((inner for option in options for inner in typing.get_args(option)), None)
+        return tuple(_decode(inner, x) for x in value)
     return value
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(_tuple(x) for x in value) if isinstance(value, list) else value
 
 
 def write_atomically(path: Path, write: typing.Callable[[Path], None]) -> None:

@@ -143,6 +143,8 @@ class TokenBatch:
     attention_mask: bool ``[b, l, s]``, True where a query may look; None is plain causal.
     loss_mask: bool ``[b, l]``, True where the id at this position is a training target.
     embeds / embed_index: float ``[m, d]`` continuous inputs and long ``[m, 2]`` (row, position) they replace.
+    documents: long ``[b, l]``, in packed rows the number of each position's document (-1: padding), where
+    attention is causal inside each; `attention_mask` then says the same at more cost.
     """
 
     ids: Tensor
@@ -152,6 +154,7 @@ class TokenBatch:
     loss_mask: Tensor | None = None
     embeds: Tensor | None = None
     embed_index: Tensor | None = None
+    documents: Tensor | None = None
 
     def __post_init__(self) -> None:
         shape = tuple(self.ids.shape[:2])

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -71,6 +71,7 @@ class Vocabulary:
     ``begin_<modality>``/``end_<modality>``, plus img, eol, eof for positional grammars.
     null: how guidance's unconditional prompt is written: the ``uncond`` token in place of the condition,
     pad ids in its place, a negative prompt, or only the prefix of the picture.
+    forms: the published sequence forms that documents are written in (`lexel.prompts`); "" for Lexel's own.
     Raises ValueError when ids collide or a required role is missing.
     """
 
@@ -80,6 +81,7 @@ class Vocabulary:
     separate: tuple[str, ...] = ()
     null: NullForm = "special"
     text_name_format: str = field(default="<text_{}>")
+    forms: str = ""
 
     def __post_init__(self) -> None:
         roles = REQUIRED + (("uncond",) if self.null == "special" else ())
@@ -115,6 +117,13 @@ class Vocabulary:
                 blocks.append(CodeBlock(modality, codebook, size, offset))
                 offset += size
         return cls(text_size, special, tuple(blocks), tuple(separate), null)
+
+    def with_roles(self, roles: Sequence[str]) -> Vocabulary:
+        """This vocabulary with further special tokens behind all its ids (those that it has already stay), so
+        that a trained model keeps what it knows and only gains rows."""
+        missing = [role for role in roles if role not in self.special]
+        added = {role: self.size + i for i, role in enumerate(missing)}
+        return replace(self, special={**self.special, **added})
 
     @cached_property
     def size(self) -> int:
@@ -296,25 +305,18 @@ def _end(modality: str) -> str:
     return "eoi" if modality == "image" else f"end_{modality}"
 
 
-def _single(
-    text_size: int, special: dict[str, int], size: int, offset: int, name: str, null: NullForm
-) -> Vocabulary:
-    return Vocabulary(text_size, special, (CodeBlock("image", 0, size, offset, name_format=name),), (), null)
-
-
 # Ids read in the published repositories. Formats: the token text each publisher gives its codes.
 PRESETS: dict[str, Vocabulary] = {
     # Junfeng5/Liquid_V1_7B: Gemma's 256000 ids, then 8192 codes; three <unused> tokens renamed.
-    "liquid": _single(
+    "liquid": Vocabulary(
         256000,
         {"pad": 0, "eos": 1, "bos": 2, "boi": 7, "eoi": 8, "uncond": 9},
-        8192,
-        256000,
-        "<code_{}>",
-        "special",
+        (CodeBlock("image", 0, 8192, 256000, name_format="<code_{}>"),),
+        null="special",
+        forms="liquid",
     ),
     # BAAI/Emu3-Gen: Qwen BPE and extras, then 32768 codes; a negative prompt is the unconditional form.
-    "emu3": _single(
+    "emu3": Vocabulary(
         151854,
         {
             "pad": 151643,
@@ -326,25 +328,164 @@ PRESETS: dict[str, Vocabulary] = {
             "boi": 151852,
             "eoi": 151853,
         },
-        32768,
-        151854,
-        "<|visual token {:06d}|>",
-        "negative",
+        (CodeBlock("image", 0, 32768, 151854, name_format="<|visual token {:06d}|>"),),
+        null="negative",
+        forms="emu3",
     ),
     # LaVIT on Llama: picture start and end, then 16384 codes; Llama has no pad, its unk (0) serves.
-    "lavit": _single(
+    "lavit": Vocabulary(
         32000,
         {"pad": 0, "bos": 1, "eos": 2, "boi": 32000, "eoi": 32001},
-        16384,
-        32002,
-        "<lavit_{}>",
-        "negative",
+        (CodeBlock("image", 0, 16384, 32002, name_format="<lavit_{}>"),),
+        null="negative",
+        forms="lavit",
     ),
 }
 
 
 def preset(name: str) -> Vocabulary:
-    """The vocabulary of a published model. Raises ValueError listing the known names."""
+    """The vocabulary of a published model whose ids are public. Raises ValueError listing the known names."""
     if name not in PRESETS:
-        raise ValueError(f"no vocabulary preset {name!r}; known: {', '.join(PRESETS)}.")
+        raise ValueError(
+            f"no vocabulary preset {name!r}; known: {', '.join(PRESETS)}. The vocabularies of "
+            f"{', '.join(PUBLISHERS)} are made from their text tokenizers: see `published_vocabulary`."
+        )
     return PRESETS[name]
+
+
+@dataclass(frozen=True)
+class Publisher:
+    """Where a published model's ids are found in its text tokenizer.
+
+    special: role → the tokenizer's text of it (alternatives: the first that the tokenizer has).
+    codes: modality → number of codes, and the texts of their entries as a format; None: the codes stand
+    behind all entries. behind: roles that stand between the two. separate, null: see `Vocabulary`."""
+
+    special: Mapping[str, tuple[str, ...]]
+    codes: Mapping[str, tuple[int, str | None]]
+    null: NullForm
+    behind: tuple[str, ...] = ()
+    separate: tuple[str, ...] = ()
+
+
+_LLAMA = {"pad": ("<unk>",), "bos": ("<s>",), "eos": ("</s>",)}
+PUBLISHERS: dict[str, Publisher] = {
+    "liquid": Publisher(
+        {
+            "pad": ("<pad>",),
+            "eos": ("<eos>",),
+            "bos": ("<bos>",),
+            "boi": ("<boi>",),
+            "eoi": ("<eoi>",),
+            "uncond": ("<unconditional>",),
+        },
+        {"image": (8192, None)},
+        "special",
+    ),
+    "emu3": Publisher(
+        {
+            "pad": ("<|endoftext|>",),
+            "eol": ("<|extra_200|>",),
+            "eof": ("<|extra_201|>",),
+            "bos": ("<|extra_203|>",),
+            "eos": ("<|extra_204|>",),
+            "img": ("<|image token|>",),
+            "boi": ("<|image start|>",),
+            "eoi": ("<|image end|>",),
+        },
+        {"image": (32768, "<|visual token {:06d}|>")},
+        "negative",
+    ),
+    # Codes are the entries IMGIMG…, see `_chameleon_block`.
+    "chameleon": Publisher(
+        {
+            "pad": ("<pad>",),
+            "bos": ("<s>",),
+            "eos": ("</s>",),
+            "boi": ("<racm3:break>",),
+            "eoi": ("<eoss>",),
+            "eot": ("<reserved08706>",),
+        },
+        {"image": (8192, "IMGIMG")},
+        "prefix",
+    ),
+    "seed_llama": Publisher(
+        {**_LLAMA, "boi": ("<img>",), "eoi": ("</img>",)}, {"image": (8192, "<img_{:05d}>")}, "prefix"
+    ),
+    "lavit": Publisher(_LLAMA, {"image": (16384, None)}, "negative", behind=("boi", "eoi")),
+    # The instruct model ends a turn, and so what it writes, with <|im_end|>.
+    "mio": Publisher(
+        {
+            "pad": ("<unk>",),
+            "bos": ("<|startoftext|>", "<s>"),
+            "eos": ("<|im_end|>",),
+            "boi": ("<image>",),
+            "eoi": ("</image>",),
+            "begin_speech": ("<spch>",),
+            "end_speech": ("</spch>",),
+        },
+        {"image": (8192, "<img{}>"), "speech": (4096, "<spch{}>")},
+        "prefix",
+    ),
+    "janus": Publisher(
+        {
+            "pad": ("<｜▁pad▁｜>",),
+            "bos": ("<｜begin▁of▁sentence｜>",),
+            "eos": ("<｜end▁of▁sentence｜>",),
+            "boi": ("<begin_of_image>",),
+            "eoi": ("<end_of_image>",),
+            "placeholder": ("<image_placeholder>",),
+        },
+        {"image": (16384, None)},
+        "padding",
+        separate=("image",),
+    ),
+}
+
+
+def published_vocabulary(
+    name: str, entries: Mapping[str, int], sizes: Mapping[str, int] | None = None
+) -> Vocabulary:
+    """The vocabulary of a published model from its text tokenizer.
+
+    name: liquid, emu3, chameleon, seed_llama, lavit, mio or janus. entries: token text → id, a transformers
+    tokenizer's ``get_vocab()``. sizes: modality → number of codes where it is not the published one.
+    Raises ValueError for another name and for entries that the tokenizer lacks.
+    """
+    if name not in PUBLISHERS:
+        raise ValueError(f"no published vocabulary {name!r}; known: {', '.join(PUBLISHERS)}.")
+    publisher, text_size = PUBLISHERS[name], len(entries)
+    special = {}
+    for role, texts in publisher.special.items():
+        found = [entries[text] for text in texts if text in entries]
+        if not found:
+            raise ValueError(f"the text tokenizer has no {' or '.join(texts)}, which is {name}'s {role}.")
+        special[role] = found[0]
+    special |= {role: text_size + i for i, role in enumerate(publisher.behind)}
+    offset, blocks = text_size + len(publisher.behind), []
+    for modality, (published, text) in publisher.codes.items():
+        size = (sizes or {}).get(modality, published)
+        if text is None:
+            blocks.append(CodeBlock(modality, 0, size, offset))
+            offset += size
+        elif text == "IMGIMG":
+            blocks.append(_chameleon_block(entries, size))
+        else:
+            blocks.append(named_block(entries, modality, 0, size, text))
+    return Vocabulary(text_size, special, tuple(blocks), publisher.separate, publisher.null, forms=name)
+
+
+def _chameleon_block(entries: Mapping[str, int], size: int) -> CodeBlock:
+    """Chameleon writes code 1024 as ``IMGIMGBACEZ``: its digits as letters (A is 0), then one more letter.
+    Raises ValueError naming the first absent code."""
+    table = {}
+    for text, token in entries.items():
+        digits = text.removeprefix("IMGIMG")[:-1].translate(str.maketrans("ABCDEFGHIJ", "0123456789"))
+        if text.startswith("IMGIMG") and digits.isdecimal():
+            table[int(digits)] = token
+    if absent := [code for code in range(size) if code not in table]:
+        raise ValueError(
+            f"the text tokenizer has no entry IMGIMG… for code {absent[0]} ({len(absent)} of {size} are "
+            "absent)."
+        )
+    return CodeBlock("image", 0, size, table=tuple(table[code] for code in range(size)))

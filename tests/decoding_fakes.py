@@ -118,7 +118,8 @@ def _forced(lm, kit, grammar, prompt, null, sampling, ids):
                 parts.append(Distribution.certain(support, kit.vocabulary.size))
                 continue
             cond, uncond = [one[column][i : i + 1, at] for one in passes] + [None] * (2 - len(passes))
-            config = sampling[kit.vocabulary.modalities[grammar.modality(state)]]
+            config, step = sampling[kit.vocabulary.modalities[grammar.modality(state)]], grammar.step(state)
+            config = (config if step is None else config.at(*step)).column(column)
             parts.append(target_distribution(cond, uncond, config, support, size=kit.vocabulary.size))
         columns.append(Distribution.cat(parts).dense())
     return columns

@@ -29,7 +29,8 @@ ALLOWED = {
     "models": BASE | {"checkpoints", "catalog"},
     "vocabulary": BASE | {"tokenizers.layout"},
     "document": BASE | {"tokenizers.layout", "vocabulary"},
-    "data": BASE | {"tokenizers", "vocabulary", "document"},
+    "prompts": BASE | {"tokenizers.layout", "vocabulary", "document"},
+    "data": BASE | {"tokenizers", "vocabulary", "document", "prompts"},
 }
 ALLOWED["sample"] = ALLOWED["data"] | {"models", "data"}
 ALLOWED["evaluate"] = ALLOWED["sample"] | {"sample"}

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from lexel.data.packing import pack
 from lexel.document import TokenSequence
 from lexel.errors import LexelError
-from lexel.models import export_published, find_published, list_published, load_drafter, load_published
+from lexel.models import eagle, export_published, find_published, load_drafter, load_published
 from lexel.models.causal_lm import CausalLMConfig
 from lexel.models.eagle import Eagle, EagleConfig, EagleState, default_feature_layers
 from lexel.sample.draft_trees import (
@@ -80,7 +80,7 @@ class TestPublished:
 
     def test_every_list_and_row_is_checked(self) -> None:
         assert set(KEY_LISTS) == set(json.loads((GOLDEN / "published_keys.json").read_text()))
-        assert set(KEY_LISTS.values()) == {row.name for row in list_published()}
+        assert set(KEY_LISTS.values()) == {row.name for system in eagle.SYSTEMS for row in system.rows}
 
     @pytest.fixture(params=ROWS)
     def loaded(self, request, tmp_path: Path):
@@ -141,7 +141,7 @@ class TestPublished:
     def test_a_head_is_not_written_as_another_kind(self, tmp_path: Path) -> None:
         with pytest.raises(LexelError, match="another kind"):
             export_published(built(KINDS["eagle3"]), "eagle-vicuna-7b", tmp_path / "x.pt")
-        with pytest.raises(LexelError, match="no published draft head 'eagle9'"):
+        with pytest.raises(LexelError, match="no published model 'eagle9'"):
             load_published("eagle9", tmp_path)
 
 

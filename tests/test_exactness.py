@@ -103,3 +103,12 @@ def test_several_codes_per_position(name, pattern, head):
     lm = model(kit, scale=0.7, head=head)
     sampling = {"image": SamplingConfig(temperature=1.3, guidance=1.5)}
     check(*distribution(lm, kit, ("image",), sampling, lambda: DRAFTERS[name](lm, kit, 2)))
+
+
+@pytest.mark.parametrize("name", ["plain", "jacobi", "sjd", "model-guided"])
+def test_settings_of_each_place_and_column(name):
+    kit = codec(CodeLayout((2, 2), length=2))
+    lm = model(kit, scale=0.7)
+    second = SamplingConfig(temperature=0.8, guidance=2.0, guidance_steps=1)
+    sampling = {"image": SamplingConfig(1.3, guidance=3.0, schedule="linear", further=(second,))}
+    check(*distribution(lm, kit, ("image",), sampling, lambda: DRAFTERS[name](lm, kit, 2)))

@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from lexel.models import packed as packing
 from lexel.models.causal_lm import CausalLM, CausalLMConfig
 from lexel.models.graphs import GraphedStep
 from lexel.models.packed import PackedLayer, PackedLM, pack
+from lexel.models.raster_lm import RasterLMConfig
 from lexel.nn import kernels as compiled
 from lexel.nn import products
 from lexel.nn.kernels import load_kernels, quantize_rows
@@ -252,6 +254,24 @@ def test_a_wrong_kernel_is_not_used(
     lm = pack(model, compile=True)
     assert "a compiled block is wrong" in caplog.text
     assert not any(isinstance(part, PackedLayer) for part in lm.modules())
+
+
+@BOTH
+@pytest.mark.parametrize("positions", ["raster", "learned"])
+def test_models_of_pictures_alone_keep_their_own_tables(compile: bool, positions: Any):
+    form = {"side": 3} if positions == "raster" else {"side": 0, "length": 9}
+    config = RasterLMConfig((24,), dim=32, layers=2, heads=4, num_classes=5, positions=positions, **form)
+    lm = config.build().eval().requires_grad_(False)
+    for parameter in lm.parameters():
+        parameter.normal_(std=0.3)
+    batch = batch_of(torch.cat([torch.full((2, 1), 27), torch.randint(24, (2, 8))], dim=1))
+    packed = pack(lm, compile=compile)
+    (expected, _), (found, _) = (one.decode(batch) for one in (lm, packed))
+    torch.testing.assert_close(found, expected, **CLOSE)
+    torch.testing.assert_close(packed.project(found), lm.project(expected), **CLOSE)
+    assert packed.fingerprint() == lm.fingerprint()
+    with pytest.raises(LexelError, match="trained"):
+        packed.train()
 
 
 def test_packing_leaves_the_model_alone():

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lexel import models, tokenizers
 from lexel.catalog import Layout
 from lexel.checkpoints import dotless_copy
 from lexel.errors import LexelError
@@ -135,16 +136,18 @@ def test_the_discriminator_has_the_published_keys() -> None:
 def test_no_recorded_key_list_goes_unchecked() -> None:
     elsewhere = {"discriminator_patchgan", "VQ-16-no_feat_head", "VQ-8-no_feat_head", "_note"}
     elsewhere |= {f"flextok_vae_c{channels}" for channels in (4, 8, 16)}
-    # Draft heads are in test_eagle.py.
-    for path in set(GOLDEN.glob("*/published_keys.json")) - {GOLDEN / "eagle_head" / "published_keys.json"}:
+    # Models have test files of their own.
+    for path in GOLDEN.glob("*/published_keys.json"):
+        if path.parent.name in {"eagle_head", *models.published_systems()}:
+            continue
         for name in json.loads(path.read_text()):
             short = (path.parent.name, name.split()[0])
             assert {short, (short[0], name)} & set(KEY_LISTS) or name in elsewhere, (path.parent.name, name)
 
 
-@pytest.mark.parametrize("row", list_published(), ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [*list_published(), *models.list_published()], ids=lambda row: row.name)
 def test_rows_state_what_they_are(row) -> None:
-    system, _ = find_published(row.name)
+    system, _ = (models if row in models.list_published() else tokenizers).find_published(row.name)
     with torch.device("meta"):
         model = system.config(row.arguments).build()
     assert sum(p.numel() for p in model.parameters()) == row.parameters
@@ -158,10 +161,11 @@ def test_rows_state_what_they_are(row) -> None:
 def test_the_documented_table_is_what_the_code_knows() -> None:
     page = (Path(__file__).parents[1] / "docs" / "published.md").read_text()
     assert published_table(list_published()) in page
+    assert models.published_table(models.list_published()) in page
 
 
 def test_names_are_unique() -> None:
-    names = [row.name for row in list_published()]
+    names = [row.name for row in [*list_published(), *models.list_published()]]
     assert len(set(names)) == len(names)
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lexel.tokenizers.layout import CodeLayout
 from lexel.types import Codes
-from lexel.vocabulary import CodeBlock, Vocabulary, named_block, preset
+from lexel.vocabulary import PUBLISHERS, CodeBlock, Vocabulary, named_block, preset, published_vocabulary
 
 
 def one_offset() -> Vocabulary:
@@ -103,3 +103,58 @@ def test_published_sizes(name, size):
 def test_another_tokenizer_is_refused():
     with pytest.raises(ValueError, match="use the one the model was trained with"):
         one_offset().check_layout("image", CodeLayout((17,), length=4))
+
+
+def entries_of(publisher, size):
+    """A text tokenizer's entries with the published names and `size` codes of each modality."""
+    texts = ["a", "b", *(alternatives[-1] for alternatives in publisher.special.values())]
+    for modality, (_, form) in publisher.codes.items():
+        if form is not None and form != "IMGIMG":
+            texts += [form.format(code) for code in range(size[modality])]
+    return {text: number for number, text in enumerate(texts)}
+
+
+@pytest.mark.parametrize("name", sorted(set(PUBLISHERS) - {"chameleon"}))
+def test_published_vocabularies_are_found_in_their_tokenizers(name):
+    publisher = PUBLISHERS[name]
+    size = dict.fromkeys(publisher.codes, 12)
+    entries = entries_of(publisher, size)
+    vocabulary = published_vocabulary(name, entries, size)
+    assert vocabulary.forms == name
+    assert vocabulary.codebook_sizes("image") == (12,)
+    assert all(vocabulary.special[role] in entries.values() for role in publisher.special)
+    for modality, (_, form) in publisher.codes.items():
+        first = int(vocabulary.block(modality)[0])
+        expected = len(entries) + len(publisher.behind) if form is None else entries[form.format(0)]
+        assert first == expected
+    assert vocabulary.tables()[0][2] == vocabulary.size - 12 * len(publisher.separate)
+    assert Vocabulary.from_json(vocabulary.to_json()) == vocabulary
+
+
+@pytest.mark.parametrize("name", ["liquid", "lavit"])
+def test_presets_are_what_the_published_tokenizers_give(name):
+    """With as many entries as published, and the named ones at their published ids."""
+    constant, publisher = preset(name), PUBLISHERS[name]
+    entries = {f"text {i}": i for i in range(constant.text_size)}
+    for role, (text, *_) in publisher.special.items():
+        del entries[f"text {constant.special[role]}"]
+        entries[text] = constant.special[role]
+    found = published_vocabulary(name, entries)
+    assert found.special == constant.special
+    assert found.null == constant.null
+    assert found.size == constant.size
+    assert torch.equal(found.block("image"), constant.block("image"))
+
+
+def test_absent_codes_and_tokens_are_named():
+    publisher = PUBLISHERS["seed_llama"]
+    entries = entries_of(publisher, {"image": 12})
+    with pytest.raises(ValueError, match=r"<img_00012>"):
+        published_vocabulary("seed_llama", entries, {"image": 13})
+    del entries["</img>"]
+    with pytest.raises(ValueError, match=r"no </img>, which is seed_llama's eoi"):
+        published_vocabulary("seed_llama", entries, {"image": 12})
+    with pytest.raises(ValueError, match="code 0"):
+        published_vocabulary("chameleon", entries_of(PUBLISHERS["chameleon"], {}), {"image": 3})
+    with pytest.raises(ValueError, match="published_vocabulary"):
+        preset("mio")

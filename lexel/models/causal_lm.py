@@ -1,8 +1,9 @@
 """The decoder-only language model over mixed text and picture tokens.
 
-Llama's architecture with Llama's parameter names (so weights of the Llama family fit unchanged), plus:
-rotary positions shared out between document index, picture row and picture column; nested feed-forward
-widths (MatFormer, arXiv:2310.07707); several codes per position (`heads.py`).
+Llama's architecture with Llama's parameter names, the variations that Mistral, Qwen and Gemma made of it (so
+that their weights fit unchanged, see `backbones.py`), plus: rotary positions shared out between document
+index, picture row and picture column; nested feed-forward widths (MatFormer, arXiv:2310.07707); several codes
+per position (`heads.py`).
 
 b batch · l positions (q: new ones) · s keys · k codes per position · v vocabulary · d width
 """
@@ -10,7 +11,7 @@ b batch · l positions (q: new ones) · s keys · k codes per position · v voca
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -21,13 +22,25 @@ from torch import Tensor, nn
 from lexel.hub import Pretrained
 from lexel.models.heads import CodeHead, FactorizedHead, FutureHeads, ParallelHead
 from lexel.models.kv_cache import KVCache
-from lexel.nn.attention import SelfAttention, additive_mask
-from lexel.nn.decoder import DecoderLayer, init_decoder, nested_width
+from lexel.nn.attention import SelfAttention, additive_mask, within_window
+from lexel.nn.decoder import (
+    ACTIVATIONS,
+    Activation,
+    DecoderLayer,
+    SandwichLayer,
+    init_decoder,
+    nested_width,
+)
 from lexel.nn.norm import RMSNorm
-from lexel.nn.rope import Rotary
+from lexel.nn.rope import RopeScaling, Rotary
+from lexel.nn.routing import Tokens, route_blocks
+from lexel.nn.spans import see_given
+from lexel.nn.varlen import Documents
 from lexel.types import LMOutput, TokenBatch
 
 FFN_MULTIPLE = 64
+LayerMask = tuple[Tensor | Documents | None, bool]
+"""What a block attends by: an additive mask or None, and whether plain causal attention does."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +57,23 @@ class CausalLMConfig:
     future_heads: how many tokens after the next one have a head of their own (`FutureHeads`), to draft with;
     only with one code per position.
     max_length: longest sequence the model is meant for, a new cache's default size.
-    dropout: on embeddings and both branches of every block. Raises ValueError when fields disagree.
+    dropout: on embeddings and both branches of every block.
+
+    The other fields tell the families of `lexel.models.backbones` apart; their defaults are Llama's.
+    activation: of the feed-forward's gate ("gelu_tanh": Gemma). qkv_bias, out_bias: of the attention's
+    projections (Qwen2: the first). ffn_bias: of the feed-forward. norm_offset: added to the weights of all
+    norms (Gemma: 1). sandwich_norm: norms behind both branches of a block too (Gemma-2). embed_scale: factor
+    of the embeddings, rounded to their dtype as in transformers (Gemma: sqrt(dim)); continuous inputs stay as
+    they are. attention_scale: factor of the attention's scores (None: 1 / sqrt(head_dim)). attention_softcap,
+    logit_softcap: bound c of scores and of logits, c·tanh(x / c) (Gemma-2; None: no bound).
+    windows: for each block, how many tokens back it sees, the token itself counted (None: all); empty: every
+    block sees all. rope_scaling: stretched rotary frequencies (Llama 3.1).
+
+    routed: parts of every block that have weights of their own for picture tokens (`lexel.models.routed`).
+    bidirectional: pairs (modality, id that closes it): the tokens of a picture of such a modality that is
+    given, not generated, see each other (`lexel.nn.spans`): in prompts, and in documents whose loss mask
+    says which pictures are given.
+    Raises ValueError when fields disagree.
     """
 
     vocab_size: int
@@ -68,10 +97,25 @@ class CausalLMConfig:
     max_length: int = 1024
     dropout: float = 0.0
     future_heads: int = 0
+    activation: Activation = "silu"
+    qkv_bias: bool = False
+    out_bias: bool = False
+    ffn_bias: bool = False
+    norm_offset: float = 0.0
+    sandwich_norm: bool = False
+    embed_scale: float = 1.0
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    windows: tuple[int | None, ...] = ()
+    rope_scaling: RopeScaling | None = None
+    routed: tuple[str, ...] = ()
+    bidirectional: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("rope_axes", "ffn_widths", "codebook_sizes", "code_offsets"):
+        for name in ("rope_axes", "ffn_widths", "codebook_sizes", "code_offsets", "windows", "routed"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "bidirectional", tuple((int(m), int(end)) for m, end in self.bidirectional))
         if self.head_dim is None and self.dim % self.heads:
             raise ValueError(f"dim {self.dim} does not divide into {self.heads} heads; set head_dim.")
         widths = self.ffn_widths
@@ -93,6 +137,12 @@ class CausalLMConfig:
                 f"future heads draft one code per position; with head={self.head} set future_heads=0, "
                 f"got {self.future_heads}."
             )
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {' or '.join(ACTIVATIONS)}, got {self.activation!r}.")
+        if self.windows and len(self.windows) != self.layers:
+            raise ValueError(f"windows name one length per block, {self.layers} in all, got {self.windows}.")
+        if any(window is not None and window < 1 for window in self.windows):
+            raise ValueError(f"windows are at least 1 (or null for no limit), got {self.windows}.")
 
     @property
     def columns(self) -> int:
@@ -128,33 +178,37 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(_layer(config) for _ in range(config.layers))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.norm = RMSNorm(config.dim, config.norm_eps, config.norm_offset)
 
 
 class CausalLM(nn.Module, Pretrained):
-    """Next-token model over one mixed vocabulary; parameter names equal transformers' `LlamaForCausalLM`
-    (`Qwen3ForCausalLM` with qk_norm). `head` is None with one code per position."""
+    """Next-token model over one mixed vocabulary; parameter names equal those of transformers'
+    `LlamaForCausalLM` and its relatives. `head` is None with one code per position."""
 
     model_type: ClassVar[str] = "lexel_lm"
     config_class: ClassVar[type] = CausalLMConfig
     head: CodeHead | None
+    windows: tuple[int | None, ...] = ()
+    source: dict[str, Any] | None = None  # config.json of the backbone it was read from
 
     def __init__(self, config: CausalLMConfig) -> None:
         super().__init__()
         self.config = config
+        self.windows = config.windows
         self.model = Decoder(config)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.rotary = Rotary(config.head_width, config.rope_theta, config.rope_axes)
+        self.rotary = Rotary(config.head_width, config.rope_theta, config.rope_axes, config.rope_scaling)
         init_decoder(self, config.layers)
-        self.head = _code_head(config)
+        self.head = code_head(config)
         self.future = FutureHeads(config.dim, config.future_heads) if config.future_heads else None
+        route_blocks(self.model.layers, config.routed)
 
     def new_cache(
         self, batch: int, max_length: int | None = None, dtype: torch.dtype | None = None
     ) -> KVCache:
         """An empty cache of `batch` rows on the model's device; `max_length` slots (default: the config's),
         in the weights' dtype unless another is given (bfloat16 under autocast)."""
-        weight = self.model.embed_tokens.weight
+        weight = next(self.parameters())
         return KVCache(
             self.config.layers,
             batch,
@@ -206,11 +260,14 @@ class CausalLM(nn.Module, Pretrained):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Hidden states ``[b, l, d]`` after the final norm, and the inputs ``[b, l, d]`` of the blocks
         numbered `layers` (what EAGLE-3 heads read). Arguments as for `forward`; `project` makes logits."""
+        if cache is None and batch.loss_mask is not None:
+            batch = see_given(batch, getattr(self.config, "bidirectional", ()))
         x = self._embed(batch)
-        mask, causal = self._mask(batch, cache, x)
+        masks = self._masks(batch, cache, x)
         cos, sin = self.rotary(batch.positions)
         rotation = cos.to(x.dtype), sin.to(x.dtype)
-        x, inputs = self._blocks(x, rotation, mask, causal, cache, width, layers)
+        tokens = Tokens.of(batch.modality) if getattr(self.config, "routed", ()) else None
+        x, inputs = self._blocks(x, rotation, masks, cache, width, layers, tokens)
         if cache is not None:
             cache.advance(x.shape[1])
         return self.model.norm(x), inputs
@@ -219,27 +276,34 @@ class CausalLM(nn.Module, Pretrained):
         self,
         x: Tensor,
         rotation: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        causal: bool,
+        masks: Sequence[LayerMask],
         cache: KVCache | None,
         width: float | None,
         layers: Sequence[int],
+        tokens: Tokens | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """All blocks: ``[b, l, d]`` before the final norm, and the inputs of those numbered `layers`."""
         inputs = []
-        for index, layer in enumerate(self.model.layers):
+        told = {} if tokens is None else {"tokens": tokens}
+        for index, (layer, (mask, causal)) in enumerate(zip(self.model.layers, masks)):
             if index in layers:
                 inputs.append(x)
             extend = None if cache is None else partial(cache.append, index)
-            x = layer(x, rotation, mask, causal=causal, extend=extend, width=width)
+            x = layer(x, rotation, mask, causal=causal, extend=extend, width=width, **told)
         return x, tuple(inputs)
 
     def project(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Logits ``[..., v]`` of hidden states ``[..., d]``, or only those of the ids start .. stop - 1."""
         weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         if start == 0 and stop in (None, len(weight)):
-            return F.linear(hidden, weight) if self.lm_head is None else self.lm_head(hidden)
-        return F.linear(hidden, weight[start:stop])
+            logits = F.linear(hidden, weight) if self.lm_head is None else self.lm_head(hidden)
+        else:
+            logits = F.linear(hidden, weight[start:stop])
+        return self._cap(logits)
+
+    def _cap(self, logits: Tensor) -> Tensor:
+        cap = self.config.logit_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def code_logits(self, hidden: Tensor, following: Tensor) -> tuple[Tensor, ...]:
         """Logits ``[..., K_j]`` of columns 1..k-1 of the position after each of hidden ``[..., d]``, given
@@ -257,6 +321,20 @@ class CausalLM(nn.Module, Pretrained):
         ]
         return torch.stack(local[:-1], dim=-1)
 
+    def resize_token_embeddings(self, size: int) -> None:
+        """Give the embedding and an untied output table `size` rows: the first ones stay, added ones are zero
+        (`lexel.models.extend` fills them)."""
+        tables: list[Any] = [self.model.embed_tokens, *([] if self.lm_head is None else [self.lm_head])]
+        for table in tables:
+            old = table.weight
+            rows = old.new_zeros(size, old.shape[1])
+            rows[: len(old)] = old.detach()[:size]
+            table.weight = nn.Parameter(rows, requires_grad=old.requires_grad)
+        self.model.embed_tokens.num_embeddings = size
+        if self.lm_head is not None:
+            self.lm_head.out_features = size
+        self.config = replace(self.config, vocab_size=size)
+
     def submodel_units(self, width: float | None) -> int:
         """Feed-forward units in use at `width`."""
         return nested_width(self.config.hidden_width, width)
@@ -272,13 +350,46 @@ class CausalLM(nn.Module, Pretrained):
             x = self.model.embed_tokens(ids.reshape(ids.shape[:2]))
         else:
             x = (self.model.embed_tokens(ids) * (ids != self.config.pad_id).unsqueeze(-1)).sum(2)
+        if self.config.embed_scale != 1.0:
+            x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype)
         if batch.embeds is not None and batch.embed_index is not None:
             x = x.index_put(tuple(batch.embed_index.unbind(1)), batch.embeds.to(x.dtype))
         return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
 
-    def _mask(self, batch: TokenBatch, cache: KVCache | None, x: Tensor) -> tuple[Tensor | None, bool]:
-        """(additive mask or None, whether plain causal attention does)."""
+    def _masks(self, batch: TokenBatch, cache: KVCache | None, x: Tensor) -> list[LayerMask]:
+        """For every block, how it attends."""
+        if self._within_documents(batch, cache):
+            assert batch.documents is not None
+            return [(Documents(batch.documents), False)] * len(self.model.layers)
+        visible, causal = self._visible(batch, cache)
+        plain = None if visible is None else additive_mask(visible, x.dtype), causal
         new = x.shape[1]
+        span = new if cache is None else cache.span(new)
+        if not any(window is not None and window < span for window in self.windows):
+            return [plain] * len(self.model.layers)
+        start = torch.zeros(1, dtype=torch.long, device=x.device) if cache is None else cache.lengths
+        own = start[:, None] + torch.arange(new, device=x.device)
+        if visible is None:
+            visible = torch.arange(span, device=x.device) <= own[..., None]
+        return self.window_masks(visible, own, x.dtype)
+
+    def _within_documents(self, batch: TokenBatch, cache: KVCache | None) -> bool:
+        """Whether attention is computed document by document."""
+        plain = not self.windows and getattr(self.config, "attention_softcap", None) is None
+        return batch.documents is not None and cache is None and plain
+
+    def window_masks(self, visible: Tensor, own: Tensor, dtype: torch.dtype) -> list[LayerMask]:
+        """For every block, what is left of ``visible [b, l, s]`` in its window; own: see `within_window`."""
+        slots = visible.shape[2]
+        windows = [min(window or slots, slots) for window in self.windows or [None] * len(self.model.layers)]
+        seen = {w: visible if w == slots else within_window(visible, own, w) for w in set(windows)}
+        made = {window: additive_mask(mask, dtype) for window, mask in seen.items()}
+        return [(made[window], False) for window in windows]
+
+    def _visible(self, batch: TokenBatch, cache: KVCache | None) -> tuple[Tensor | None, bool]:
+        """(what each new token may see ``[b, l, s]`` or None for everything, whether plain causal attention
+        does), windows left aside."""
+        new = batch.ids.shape[1]
         visible = batch.attention_mask
         if cache is not None and visible is not None:
             span = cache.span(new)
@@ -289,9 +400,7 @@ class CausalLM(nn.Module, Pretrained):
             visible = cache.visible(new)
             if visible is None:
                 return None, False
-        if visible is None:
-            return None, True
-        return additive_mask(visible, x.dtype), False
+        return visible, visible is None
 
 
 def _attention_sizes(config: CausalLMConfig) -> dict[str, Any]:
@@ -299,13 +408,30 @@ def _attention_sizes(config: CausalLMConfig) -> dict[str, Any]:
 
 
 def _layer(config: CausalLMConfig) -> DecoderLayer:
+    norms: dict[str, Any] = {"norm_eps": config.norm_eps, "norm_offset": config.norm_offset}
     attention = SelfAttention(
-        config.dim, **_attention_sizes(config), qk_norm=config.qk_norm, norm_eps=config.norm_eps
+        config.dim,
+        **_attention_sizes(config),
+        qk_norm=config.qk_norm,
+        qkv_bias=config.qkv_bias,
+        out_bias=config.out_bias,
+        scale=config.attention_scale,
+        softcap=config.attention_softcap,
+        **norms,
     )
-    return DecoderLayer(attention, config.hidden_width, norm_eps=config.norm_eps, dropout=config.dropout)
+    form = SandwichLayer if config.sandwich_norm else DecoderLayer
+    return form(
+        attention,
+        config.hidden_width,
+        dropout=config.dropout,
+        activation=config.activation,
+        ffn_bias=config.ffn_bias,
+        **norms,
+    )
 
 
-def _code_head(config: CausalLMConfig) -> CodeHead | None:
+def code_head(config: CausalLMConfig) -> CodeHead | None:
+    """A new head for columns 1..k-1 of a position; None with one code per position."""
     if config.head == "single":
         return None
     if config.head == "parallel":

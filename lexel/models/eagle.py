@@ -106,6 +106,11 @@ class EagleConfig:
         return self.dim // self.heads if self.head_dim is None else self.head_dim
 
     @property
+    def form(self) -> tuple[str, str]:
+        """What a published file's layout depends on."""
+        return self.kind, "raster" if self.raster else "text"
+
+    @property
     def outputs(self) -> int:
         """Ids that it drafts from."""
         return self.vocab_size if self.draft_vocab is None else self.draft_vocab

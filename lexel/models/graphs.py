@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from lexel.models.causal_lm import CausalLM
 from lexel.models.kv_cache import KVCache
-from lexel.nn.attention import additive_mask
 from lexel.types import TokenBatch
 
 T = TypeVar("T")
@@ -77,10 +76,10 @@ class GraphedStep(Generic[T]):
         rows = torch.arange(ids.shape[0], device=ids.device)[:, None]
         slots = lengths[:, None] + torch.arange(self.new, device=ids.device)
         x = lm._embed(TokenBatch(ids, ids if ids.ndim == 2 else ids[..., 0], positions))
-        mask = additive_mask(visible(lengths, tree, slots, cache.max_length), x.dtype)
+        masks = lm.window_masks(visible(lengths, tree, slots, cache.max_length), slots, x.dtype)
         cos, sin = lm.rotary(positions)
         rotation = cos.to(x.dtype), sin.to(x.dtype)
-        for index, layer in enumerate(lm.model.layers):
+        for index, (layer, (mask, _)) in enumerate(zip(lm.model.layers, masks)):
             extend = partial(_write, cache.keys[index], cache.values[index], rows, slots)
             x = layer(x, rotation, mask, extend=extend, width=self.width)
         return self.after(lm.model.norm(x))
@@ -99,6 +98,12 @@ class GraphedStep(Generic[T]):
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._result = self.run(*self._buffers)
+
+
+def capturable(lm: Any) -> bool:
+    """Whether `GraphedStep` runs the network as its own `decode` does: blocks of a `CausalLM` one after the
+    other, the same weights for every token."""
+    return isinstance(lm, CausalLM) and not getattr(lm.config, "routed", False)
 
 
 def visible(lengths: Tensor, tree: Tensor, slots: Tensor, total: int) -> Tensor:

@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from lexel.models.causal_lm import CausalLM, CausalLMConfig
 from lexel.nn.decoder import DecoderLayer, nested_width
 
+# Fields of a model's config that `widen` knows no rule for.
+_NOT_GROWN = ("qkv_bias", "out_bias", "ffn_bias", "norm_offset", "sandwich_norm", "windows")
+
 
 @torch.no_grad()
 def widen(lm: CausalLM, factor: int, layers: int = 0, *, noise: float = 0.0, seed: int = 0) -> CausalLM:
@@ -30,7 +33,7 @@ def widen(lm: CausalLM, factor: int, layers: int = 0, *, noise: float = 0.0, see
     equal gradients and would stay equal; noise that adds up to zero over the copies that a row reads parts
     them and changes no logit. seed: of the noise and of the added blocks.
     Raises ValueError for a factor below 1, a negative number of layers or noise, or a model with several
-    codes per position, whose heads are not grown.
+    codes per position or a form of Gemma's or Qwen2's, which are not grown.
     """
     if factor < 1 or layers < 0 or noise < 0:
         raise ValueError(
@@ -42,6 +45,8 @@ def widen(lm: CausalLM, factor: int, layers: int = 0, *, noise: float = 0.0, see
             f"widen grows models with one code per position; this one has a {lm.config.head} head for "
             f"{lm.config.columns} codes."
         )
+    if strange := [name for name in _NOT_GROWN if getattr(lm.config, name)]:
+        raise ValueError(f"widen grows models of Llama's form; this one has {', '.join(strange)}.")
     random = torch.Generator().manual_seed(seed)
     weight = lm.model.embed_tokens.weight
     with torch.random.fork_rng():  # new modules draw their weights from the global generator

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lexel.errors import LexelError
 from lexel.models.causal_lm import CausalLM
 from lexel.nn.attention import Extend, SelfAttention, attend
-from lexel.nn.decoder import DecoderLayer, SwiGLU, nested_width
+from lexel.nn.decoder import ACTIVATIONS, DecoderLayer, SwiGLU, nested_width
 from lexel.nn.kernels import Block, Kernels, load_kernels
 from lexel.nn.norm import RMSNorm
 from lexel.nn.products import Precision, Product
@@ -65,9 +65,14 @@ def pack(lm: N, dtype: Precision = "float32", compile: bool = False) -> N:
             logging.getLogger(__name__).warning("decoding without compiled kernels: %s", reason)
     packed = packed or packer.copy(lm)
     if isinstance(packed, CausalLM):
-        packed.__class__ = PackedLM
-        cast("PackedLM", packed)._open(packer, cast(CausalLM, lm).fingerprint)
+        packed.__class__ = _form(type(packed))
+        cast(Snapshot, packed)._open(packer, cast(CausalLM, lm).fingerprint)
     return packed.eval()
+
+
+def _form(kind: type[CausalLM]) -> type[CausalLM]:
+    """What a packed language model of a class becomes; subclasses keep their own `project`."""
+    return PackedLM if kind is CausalLM else type(f"Packed{kind.__name__}", (Snapshot, kind), {})
 
 
 @torch.no_grad()
@@ -133,8 +138,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., k] -> [..., n]``"""
-        y = self._product(x)
-        return y if self.bias is None else y + self.bias
+        return _plus(self._product(x), self.bias)
 
 
 class PackedNorm(nn.Module):
@@ -143,6 +147,8 @@ class PackedNorm(nn.Module):
     def __init__(self, norm: RMSNorm, kernels: Kernels) -> None:
         super().__init__()
         self.weight, self.eps = norm.weight, norm.eps
+        if norm.offset:
+            self.weight = nn.Parameter(norm.weight.detach() + norm.offset)
         self._kernels = kernels
 
     def forward(self, x: Tensor) -> Tensor:
@@ -159,12 +165,15 @@ class PackedAttention(nn.Module):
         super().__init__()
         self.head_dim = attention.head_dim
         self.turn = attention.turn
+        self.scale, self.softcap = attention.scale, attention.softcap
         norms = attention.q_norm, attention.k_norm
         self.q_norm, self.k_norm = (None if norm is None else packer.copy(norm) for norm in norms)
         projections = attention.q_proj, attention.k_proj, attention.v_proj
         self.heads, self.kv_heads, _ = (p.out_features // self.head_dim for p in projections)
         self._qkv = packer.product(*(p.weight for p in projections))
         self._out = packer.product(attention.o_proj.weight)
+        self._qkv_bias = _joined(*(p.bias for p in projections))
+        self._out_bias = attention.o_proj.bias
 
     def forward(
         self,
@@ -177,7 +186,7 @@ class PackedAttention(nn.Module):
     ) -> Tensor:
         """As `SelfAttention.forward`."""
         heads, groups = self.heads, self.kv_heads
-        joined = self._qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        joined = _plus(self._qkv(x), self._qkv_bias).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         turned, v = joined[:, : heads + groups], joined[:, heads + groups :]
         if self.q_norm is not None and self.k_norm is not None:
             turned = torch.cat([self.q_norm(turned[:, :heads]), self.k_norm(turned[:, heads:])], dim=1)
@@ -185,12 +194,22 @@ class PackedAttention(nn.Module):
         q, k = turned[:, :heads], turned[:, heads:]
         if extend is not None:
             k, v = extend(k, v)
-        out = attend(q, k, v, mask, causal)
-        return self._out(out.transpose(1, 2).flatten(-2))
+        out = attend(q, k, v, mask, causal, self.scale, self.softcap)
+        return _plus(self._out(out.transpose(1, 2).flatten(-2)), self._out_bias)
 
     def products(self) -> tuple[Product, Product]:
         """Query, key and value joined, and output."""
         return self._qkv, self._out
+
+
+def _joined(*biases: Tensor | None) -> Tensor | None:
+    """The biases of joined products; None where there are none."""
+    there = [bias for bias in biases if bias is not None]
+    return torch.cat(there) if there else None
+
+
+def _plus(x: Tensor, bias: Tensor | None) -> Tensor:
+    return x if bias is None else x + bias
 
 
 class PackedSwiGLU(nn.Module):
@@ -200,6 +219,8 @@ class PackedSwiGLU(nn.Module):
         super().__init__()
         self._packer, self.dtype = packer, packer.dtype
         self._weights = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
+        self._biases = mlp.gate_proj.bias, mlp.up_proj.bias, mlp.down_proj.bias
+        self.activate = ACTIVATIONS[mlp.activation]
         self.hidden = mlp.gate_proj.out_features
         self._widths: dict[int, tuple[Product, Product]] = {}
 
@@ -207,7 +228,11 @@ class PackedSwiGLU(nn.Module):
         """As `SwiGLU.forward`."""
         inner, outer = self.products(width)
         gate, up = inner(x).chunk(2, dim=-1)
-        return outer(F.silu(gate).mul_(up))
+        gate_bias, up_bias, down_bias = self._biases
+        if gate_bias is not None:
+            units = gate.shape[-1]
+            gate, up = gate + gate_bias[:units], up + up_bias[:units]
+        return _plus(outer(self.activate(gate).mul_(up)), down_bias)
 
     def products(self, width: float | None) -> tuple[Product, Product]:
         """Gate and up joined, and down, of that width."""
@@ -242,6 +267,10 @@ class PackedLayer(nn.Module):
             and type(layer.post_attention_layernorm) is RMSNorm
             and type(layer.self_attn) is SelfAttention
             and layer.self_attn.turn in (rotate, rotate_interleaved)
+            and layer.self_attn.scale is None
+            and layer.self_attn.softcap is None
+            and layer.mlp.activation == "silu"
+            and all(part.bias is None for part in layer.modules() if isinstance(part, nn.Linear))
             and plain(layer.post_attention_layernorm.weight)
         )
 
@@ -328,8 +357,8 @@ def _triangle(length: int) -> Tensor:
     return torch.full((1, 1, length, length), float("-inf")).triu_(1)
 
 
-class PackedLM(CausalLM):
-    """A `CausalLM` made by `pack`."""
+class Snapshot(nn.Module):
+    """What every packed language model has in common."""
 
     _packer: _Packer
     _ranges: dict[tuple[int, int], Product]
@@ -342,18 +371,7 @@ class PackedLM(CausalLM):
         """That of the model it was packed from."""
         return self._fingerprint()
 
-    def project(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """As `CausalLM.project`; the rows of the first `RANGES` ranges asked for are packed."""
-        table = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        key = start, len(table) if stop is None else stop
-        product = self._ranges.get(key)
-        if product is None:
-            if len(self._ranges) == RANGES:
-                return F.linear(hidden, table[start:stop].to(hidden.dtype))
-            product = self._ranges[key] = self._packer.product(table[slice(*key)])
-        return product(hidden)
-
-    def train(self, mode: bool = True) -> PackedLM:
+    def train(self, mode: bool = True) -> Snapshot:
         """Raises LexelError for `mode`: packed weights do not learn."""
         if mode:
             raise LexelError("a packed model cannot be trained; train the model it was packed from.")
@@ -363,5 +381,20 @@ class PackedLM(CausalLM):
         """Raises LexelError."""
         raise LexelError("a packed model cannot be saved; save the model it was packed from.")
 
-    def _apply(self, fn: Any, recurse: bool = True) -> PackedLM:
+    def _apply(self, fn: Any, recurse: bool = True) -> Snapshot:
         raise LexelError("a packed model cannot be moved or cast; move the model and pack it there.")
+
+
+class PackedLM(Snapshot, CausalLM):
+    """A `CausalLM` made by `pack`."""
+
+    def project(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """As `CausalLM.project`; the rows of the first `RANGES` ranges asked for are packed."""
+        table = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        key = start, len(table) if stop is None else stop
+        product = self._ranges.get(key)
+        if product is None:
+            if len(self._ranges) == RANGES:
+                return self._cap(F.linear(hidden, table[start:stop].to(hidden.dtype)))
+            product = self._ranges[key] = self._packer.product(table[slice(*key)])
+        return self._cap(product(hidden))

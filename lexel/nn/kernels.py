@@ -146,13 +146,13 @@ class Block:
         self._address = ctypes.addressof(self._block)
 
     def open(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Contiguous float32 ``[b, l, d]`` and ``[b or 1, 1, l, e / 2]`` → the new queries ``[b, h, l, e]``,
-        and keys and values ``[b, g, l, e]``."""
+        """Contiguous float32 ``[b, l, d]`` and ``[b, 1, l, e / 2]`` (or 1 for b, l, e / 2) → the new queries
+        ``[b, h, l, e]``, and keys and values ``[b, g, l, e]``."""
         rows, new, _ = x.shape
         q = torch.empty(rows, self._heads, new, self._width)
         k = torch.empty(rows, self._groups, new, self._width)
         v = torch.empty(rows, self._groups, new, self._width)
-        cos, sin = cos.contiguous(), sin.contiguous()
+        cos, sin = (part.expand(-1, 1, new, self._width // 2).contiguous() for part in (cos, sin))
         turn = cos.stride(0) if cos.shape[0] > 1 else 0
         self._kernels.open(
             *(self._address, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), turn),

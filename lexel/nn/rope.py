@@ -5,8 +5,43 @@ b batch · l positions · h heads · e head width
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Rotary frequencies stretched for sequences longer than a model was first trained on.
+
+    kind: "linear" divides all of them by `factor` (Chen et al., arXiv:2306.15595); "llama3" only those whose
+    wavelength exceeds trained_length / low, leaves those below trained_length / high, and interpolates
+    between the two (Llama 3.1, as in transformers). trained_length: positions of the first training.
+    Raises ValueError for another kind or numbers that make no sense.
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low: float = 1.0
+    high: float = 4.0
+    trained_length: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("linear", "llama3"):
+            raise ValueError(f"rope scaling is linear or llama3, got {self.kind!r}.")
+        if self.factor <= 0 or not 0 < self.low < self.high or self.trained_length < 1:
+            raise ValueError(f"rope scaling needs factor > 0 and 0 < low < high, got {self}.")
+
+    def stretch(self, frequency: Tensor) -> Tensor:
+        """Angles per position, float32 ``[n]``, stretched."""
+        if self.kind == "linear":
+            return frequency / self.factor
+        turns = self.trained_length * frequency / (2 * math.pi)  # within the trained length
+        keep = ((turns - self.low) / (self.high - self.low)).clamp(0, 1)
+        return frequency * (keep + (1 - keep) / self.factor)
 
 
 class Rotary(nn.Module):
@@ -15,11 +50,16 @@ class Rotary(nn.Module):
     axes: share of the ``e / 2`` rotated pairs given to each axis; every axis with m pairs has the spectrum
     ``theta ** (-i / m)``. (1, 0, 0) is the plain rotary embedding of Llama (Su et al., arXiv:2104.09864);
     (0, .5, .5) the two-dimensional one of picture models. Rounding surplus goes to the index.
+    scaling: of the index's frequencies.
     Raises ValueError when the head width is odd or the shares are negative or do not add up to 1.
     """
 
     def __init__(
-        self, head_dim: int, theta: float = 1e4, axes: tuple[float, float, float] = (1.0, 0.0, 0.0)
+        self,
+        head_dim: int,
+        theta: float = 1e4,
+        axes: tuple[float, float, float] = (1.0, 0.0, 0.0),
+        scaling: RopeScaling | None = None,
     ) -> None:
         super().__init__()
         if head_dim % 2:
@@ -28,7 +68,7 @@ class Rotary(nn.Module):
             raise ValueError(f"rope_axes are three shares that add up to 1, got {tuple(axes)}.")
         pairs = head_dim // 2
         rows, columns = round(pairs * axes[1]), round(pairs * axes[2])
-        self.theta = theta
+        self.theta, self.scaling = theta, scaling
         self.pairs = (max(0, pairs - rows - columns), rows, min(columns, pairs - rows))
         # Not a buffer: `model.to(torch.bfloat16)` must not round the frequencies.
         self._spectrum: tuple[Tensor, Tensor] | None = None
@@ -45,7 +85,10 @@ class Rotary(nn.Module):
         """For each rotated pair, its axis (long) and its frequency (float32)."""
         axis = torch.repeat_interleave(torch.arange(3), torch.tensor(self.pairs))
         steps = [torch.arange(m).float() / m for m in self.pairs if m]
-        return axis.to(device), (1.0 / self.theta ** torch.cat(steps)).to(device)
+        frequency = 1.0 / self.theta ** torch.cat(steps)
+        if self.scaling is not None:
+            frequency = torch.where(axis == 0, self.scaling.stretch(frequency), frequency)
+        return axis.to(device), frequency.to(device)
 
 
 class RasterRotary(nn.Module):
@@ -68,6 +111,15 @@ class RasterRotary(nn.Module):
         cos, sin = self.rotary(places)
         inside = inside[:, None, :, None]
         return cos * inside, sin * inside
+
+
+class Unrotated(nn.Module):
+    """No rotation, for models with learned positions: cosine 1 and sine 0 for every pair."""
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Long ``[b, l, 3]`` → (cos, sin), float32 ``[1, 1, 1, 1]``."""
+        one = torch.ones(1, 1, 1, 1, device=positions.device)
+        return one, torch.zeros_like(one)
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:

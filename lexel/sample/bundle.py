@@ -3,7 +3,8 @@
     bundle.json       format version, parts, layouts, sampling defaults, the tokenizer's fingerprint
     tokenizer/  lm/  detokenizer/ (optional)  drafter/ (optional)     config.json + model.safetensors
     text_tokenizer/   transformers' files;  vocabulary.json;  README.md (model card)
-    tokenizers/NAME/ (optional)    further tokenizers to reconstruct pictures with; copy their folders in
+    tokenizers/NAME/ (optional)    further tokenizers: of the language model's modality of that name, or to
+                                   reconstruct pictures with; copy their folders in
     drafters/NAME/ (optional)      further drafters, each a decoding strategy of that name
 
 `trained_on.json` beside the weights of every part that reads codes names the tokenizer they come from, so
@@ -25,10 +26,12 @@ from lexel.data.shapes import ShapesConfig
 from lexel.document import DocumentCodec, TextTokenizer
 from lexel.errors import LexelError
 from lexel.hub import CONFIG_FILE, decode_config, resolve_folder, write_atomically
+from lexel.prompts import make_codec
 from lexel.sample.logits import SamplingConfig
 from lexel.tokenizers import from_pretrained as load_tokenizer
 from lexel.tokenizers import list_published, load_published
 from lexel.tokenizers.layout import CodeLayout
+from lexel.tokenizers.structured import STRUCTURED, StructuredCodec
 from lexel.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -61,7 +64,8 @@ class DecodingConfig:
 class BundleInfo:
     """What `bundle.json` says. tokenizer: fingerprint of the tokenizer whose codes the LM was trained on;
     codebook_sizes: of that tokenizer; parts: the folders present; layouts and sampling: per modality;
-    scenes: the procedural scenes it was trained on, where it was."""
+    scenes: the procedural scenes it was trained on, where it was; structured: codecs of the modalities that
+    hold structured values, by kind; views: fingerprints of the tokenizers of its other modalities."""
 
     tokenizer: str
     codebook_sizes: tuple[int, ...]
@@ -70,6 +74,8 @@ class BundleInfo:
     sampling: Mapping[str, SamplingConfig]
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     scenes: ShapesConfig | None = None
+    structured: Mapping[str, StructuredCodec] = field(default_factory=dict)
+    views: Mapping[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
     def write(self, folder: Path) -> None:
@@ -95,6 +101,11 @@ class BundleInfo:
                 sampling={name: decode_config(SamplingConfig, x) for name, x in values["sampling"].items()},
                 decoding=decode_config(DecodingConfig, values["decoding"]),
                 scenes=decode_config(ShapesConfig, values["scenes"]) if values.get("scenes") else None,
+                structured={
+                    name: decode_config(STRUCTURED[name], x)
+                    for name, x in values.get("structured", {}).items()
+                },
+                views=values.get("views", {}),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise LexelError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
@@ -235,6 +246,18 @@ def check_trained_on(folder: Path, part: str, fingerprint: str) -> None:
         )
 
 
+def check_views(folder: Path, info: BundleInfo, tokenizers: Mapping[str, Tokenizer]) -> None:
+    """Refuse a further tokenizer that is not the one whose codes the language model was trained on.
+    Raises LexelError naming it."""
+    for name, fingerprint in info.views.items():
+        found = tokenizers[name].fingerprint() if name in tokenizers else "missing"
+        if found != fingerprint:
+            raise LexelError(
+                f"the language model of {folder} was trained on the codes of tokenizer {fingerprint} for "
+                f"{name}, but {folder / FURTHER / name} is {found}; take both from the same bundle."
+            )
+
+
 def load_text_tokenizer(folder: Path) -> TextTokenizer:
     """A transformers tokenizer from a local folder. Raises LexelError when it cannot be read."""
     from transformers import PreTrainedTokenizerFast
@@ -255,6 +278,6 @@ def load_codec(folder: Path, info: BundleInfo) -> DocumentCodec:
         raise LexelError(f"{folder} holds no {VOCABULARY_FILE}; the bundle is incomplete.")
     try:
         vocabulary = Vocabulary.from_json(path.read_text(encoding="utf-8"))
-        return DocumentCodec(vocabulary, load_text_tokenizer(folder / "text_tokenizer"), info.layouts)
+        return make_codec(vocabulary, load_text_tokenizer(folder / "text_tokenizer"), info.layouts)
     except (KeyError, TypeError, ValueError) as error:
         raise LexelError(f"{path} does not fit the bundle ({error})") from error

@@ -1,5 +1,5 @@
-"""Models with several codes per position: the columns after the first, by the model's own head, with the same
-settings and guidance as the first.
+"""Models with several codes per position: the columns after the first, by the model's own head, with the
+settings and guidance of each column (`SamplingConfig.further`).
 
 n positions · k columns · d width
 """
@@ -103,7 +103,8 @@ class Columns:
         groups: dict[tuple, list[int]] = {}
         for number, cell in enumerate(cells):
             book = self.books(cell.place, cell.ids[0])[column]
-            groups.setdefault((cell.place.config, cell.place.modality, book), []).append(number)
+            config = cell.place.config.column(column)
+            groups.setdefault((config, cell.place.modality, book), []).append(number)
         parts, order = [], []
         for (config, modality, book), numbers in groups.items():
             order += numbers

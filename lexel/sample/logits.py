@@ -9,15 +9,19 @@ n rows (any mixture of sequences and positions) · s ids of a support · v vocab
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 # transformers' signature: (input_ids long [1, l], scores float [1, v]) -> scores float [1, v].
 Processor = Callable[[Tensor, Tensor], Tensor]
+
+Schedule = Literal["constant", "linear", "cosine", "log", "square", "square_root"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,12 @@ class SamplingConfig:
     are kept. top_p: keep the smallest set of ids holding this probability. min_p: drop ids below this share
     of the most probable one. guidance: scale s of ``u + s·(c − u)`` on raw logits; 1 ignores the
     unconditional row. top_p_first: top-p before top-k (EAGLE, LANTERN) instead of after (LlamaGen).
-    Raises ValueError for a value out of range.
+
+    Over the codes of one picture: schedule: how guidance grows from 1 to its full scale (`guidance_share`);
+    guidance_steps: how many codes are guided, the others by the conditional row alone (None: all of them;
+    LlamaGen's cfg_interval k is k + 2 here). `at` says what holds for one code.
+    further: settings of columns 1, 2, … of models with several codes per position (empty: as column 0); these
+    cannot have any of their own. Raises ValueError for a value out of range.
     """
 
     temperature: float = 1.0
@@ -37,8 +46,15 @@ class SamplingConfig:
     min_p: float = 0.0
     guidance: float = 1.0
     top_p_first: bool = False
+    schedule: Schedule = "constant"
+    guidance_steps: int | None = None
+    further: tuple[SamplingConfig, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "further", tuple(self.further))
+        for name in ("temperature", "top_k", "top_p", "min_p", "guidance"):
+            if not isinstance(getattr(self, name), int | float):
+                raise ValueError(f"{name} must be a number, got {getattr(self, name)!r}.")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature must be 0 (greedy) or positive, got {self.temperature}.")
         if self.top_k < 0 or int(self.top_k) != self.top_k:
@@ -49,6 +65,64 @@ class SamplingConfig:
             raise ValueError(f"min_p must lie in [0, 1], got {self.min_p}.")
         if not 0 <= self.guidance < float("inf"):
             raise ValueError(f"guidance must be a finite number from 0, got {self.guidance}.")
+        if self.schedule not in get_args(Schedule):
+            raise ValueError(f"schedule is one of {', '.join(get_args(Schedule))}, got {self.schedule!r}.")
+        if self.guidance_steps is not None and self.guidance_steps < 1:
+            raise ValueError(f"guidance_steps must be at least 1 (None: all), got {self.guidance_steps}.")
+        if any(not isinstance(config, SamplingConfig) or config.further for config in self.further):
+            raise ValueError(f"further holds the settings of one column each, got {self.further}.")
+
+    @property
+    def guided(self) -> bool:
+        """Whether the unconditional row is needed anywhere."""
+        return self.guidance != 1.0 or any(config.guided for config in self.further)
+
+    @property
+    def varies(self) -> bool:
+        """Whether the settings differ from code to code of a picture."""
+        own = self.schedule != "constant" or self.guidance_steps is not None
+        return own or any(config.varies for config in self.further)
+
+    def at(self, step: int, steps: int) -> SamplingConfig:
+        """The settings for code number `step` (from 0) of a picture of `steps` codes, with nothing left that
+        varies."""
+        if not self.varies:
+            return self
+        guided = self.guidance_steps is None or step < self.guidance_steps
+        share = guidance_share(self.schedule, step, steps) if guided else 0.0
+        return replace(
+            self,
+            guidance=self.guidance if share == 1.0 else 1.0 + (self.guidance - 1.0) * share,
+            schedule="constant",
+            guidance_steps=None,
+            further=tuple(config.at(step, steps) for config in self.further),
+        )
+
+    def column(self, column: int) -> SamplingConfig:
+        """The settings of one column."""
+        return self.further[column - 1] if column and self.further else self
+
+    def with_every(self, **changes: Any) -> SamplingConfig:
+        """These settings with some fields changed, in the further columns too."""
+        return replace(self, **changes, further=tuple(replace(x, **changes) for x in self.further))
+
+
+def guidance_share(schedule: Schedule, step: int, steps: int) -> float:
+    """How much of the guidance beyond 1 is in force at code `step` (from 0) of `steps`, from 0 to 1: ELM's
+    schedules (github.com/Pepper-lll/LMforImageGeneration) in r = (step + 1) / steps. Its "square_root" alone
+    counts from 0: the first code is not guided."""
+    r = (step + 1) / steps
+    if schedule == "linear":
+        return r
+    if schedule == "cosine":
+        return math.cos((r - 1) * math.pi / 2)
+    if schedule == "log":
+        return math.log1p(r * (math.e - 1))
+    if schedule == "square":
+        return r**2
+    if schedule == "square_root":
+        return math.sqrt(step / steps)
+    return 1.0
 
 
 @dataclass(frozen=True)
@@ -211,10 +285,11 @@ def target_distribution(
     """The distributions of the next id in n rows.
 
     cond, uncond: raw logits ``[n, s]`` of the two rows of guidance, at the allowed ids long ``[s]``
-    (ascending; None: all of them). size: the vocabulary's, needed with `ids`. processors: transformers'
-    logits processors, called row by row with ``contexts[i]``, the ids long ``[l]`` before row i, and the
-    guided scores of the whole vocabulary (−inf where not allowed). On the CPU a filter shrinks the support
-    to what it keeps; on other devices it only sets probabilities to 0, which needs no synchronisation.
+    (ascending; None: all of them). config: settings of one place (`SamplingConfig.at`). size: the
+    vocabulary's, needed with `ids`. processors: transformers' logits processors, called row by row with
+    ``contexts[i]``, the ids long ``[l]`` before row i, and the guided scores of the whole vocabulary (−inf
+    where not allowed). On the CPU a filter shrinks the support to what it keeps; on other devices it only
+    sets probabilities to 0, which needs no synchronisation.
     Raises ValueError when guidance lacks the unconditional logits, processors lack contexts, or ids lack
     the vocabulary's size.
     """

@@ -123,7 +123,8 @@ class Partials(Iterator[Partial]):
         places, codes = [], []
         for i, segments in enumerate(generated):
             for j, segment in enumerate(segments):
-                if isinstance(segment, Image) and segment.pixels is None:
+                # Other modalities are drawn when they are done.
+                if isinstance(segment, Image) and segment.pixels is None and segment.modality == "image":
                     if segment.codes is None:
                         segments[j] = replace(
                             segment, pixels=torch.zeros(3, *self.pipeline.tokenizer.image_size)
@@ -238,7 +239,7 @@ def completed(
     plan, prompt = job.plan if plan is None else plan, job.request.prompt.ids
     opening = len(codec.scripts[job.plan[0]][0]) if job.plan[0] != "text" else 0
     opened = prompt[len(prompt) - opening :]
-    written = codec.parse(torch.cat([opened, ids.reshape(-1, *opened.shape[1:])]))
+    written = codec.segments(torch.cat([opened, ids.reshape(-1, *opened.shape[1:])]))
     segments: list[Segment] = []
     for modality in plan:
         # An empty text leaves no ids behind, but it has a place in the document.

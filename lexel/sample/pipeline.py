@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from lexel.data.images import read_pixels, to_pixels
+from lexel.data.images import load_image, on_square, to_pixels
 from lexel.data.shapes import ShapesConfig
 from lexel.document import Document, DocumentCodec, Grammar, Image, Segment, State, Text
 from lexel.errors import LexelError
-from lexel.models import load_drafter
+from lexel.models import load_drafter, load_lm
 from lexel.models.causal_lm import CausalLM
 from lexel.sample.acceptance import Acceptance, exact
 from lexel.sample.bundle import (
@@ -33,6 +33,7 @@ from lexel.sample.bundle import (
     BundleInfo,
     DecodingConfig,
     check_trained_on,
+    check_views,
     drafter_folders,
     find_bundle,
     load_codec,
@@ -43,16 +44,19 @@ from lexel.sample.bundle import (
     write_text,
 )
 from lexel.sample.codes import concat_codes
-from lexel.sample.decode import seeds
+from lexel.sample.completion import Box, cells_outside, completion
+from lexel.sample.decode import run, seeds
 from lexel.sample.engine import Engine
 from lexel.sample.generator import Request
 from lexel.sample.logits import SamplingConfig
 from lexel.sample.lossy import AcceptanceConfig, greedy_rule, make_acceptance
 from lexel.sample.partial import Job, Partials, completed
 from lexel.sample.policy import Choice, Policy
+from lexel.sample.zipar import ZIPAR
 from lexel.tokenizers import from_pretrained as load_tokenizer
 from lexel.tokenizers.base import Tokenizer
 from lexel.tokenizers.layout import CodeLayout
+from lexel.tokenizers.structured import StructuredCodec
 from lexel.types import Codes, DecodeStats, GenerationOutput
 
 if TYPE_CHECKING:
@@ -86,7 +90,8 @@ class Pipeline:
 
     tokenizer_fingerprint: the tokenizer whose codes the LM was trained on, when known. sampling: defaults per
     modality; decoding: the default strategy; scenes: the procedural scenes it was trained on, where it was;
-    tokenizers: further ones, by name, to reconstruct pictures with; the language model does not know them.
+    tokenizers: further ones, by name: those of the language model's other modalities that are drawn like
+    pictures, and any to reconstruct pictures with; structured: codecs of its modalities of structured values.
     drafter, drafters: trained ones for speculative decoding (`drafter` under that very name).
     Raises LexelError when the parts do not belong together, or a name is no folder's.
     """
@@ -105,6 +110,7 @@ class Pipeline:
         scenes: ShapesConfig | None = None,
         tokenizer_fingerprint: str | None = None,
         tokenizers: Mapping[str, Tokenizer] | None = None,
+        structured: Mapping[str, StructuredCodec] | None = None,
     ) -> None:
         self.tokenizer, self.lm, self.codec = tokenizer, lm, codec
         self.detokenizer = detokenizer
@@ -113,6 +119,7 @@ class Pipeline:
         self.decoding = decoding or DecodingConfig()
         self.scenes = scenes
         self.tokenizers = dict(tokenizers or {})
+        self.structured = dict(structured or {})
         self.dtype: str | None = None
         self._engine: Engine | None = None
         self._choices: dict[bytes, Choice] = {}
@@ -129,8 +136,16 @@ class Pipeline:
                 f"the tokenizer writes {_described(own)}, but the language model's documents hold "
                 f"{described}; take both from the same training run."
             )
+        coders: dict[str, Any] = {**self.tokenizers, **self.structured}
+        for name in set(self.codec.layouts) - {"image"}:
+            if name not in coders or _geometry(coders[name].layout) != _geometry(self.codec.layouts[name]):
+                raise LexelError(
+                    f"the language model has a modality {name}, but there is no tokenizer or codec {name} "
+                    "that writes its codes; take all parts from the same training run."
+                )
         for name, model in (("language model", self.lm), *self.drafters.items()):
-            if isinstance(model, CausalLM) and model.config.vocab_size < self.codec.vocabulary.size:
+            reads_all = model is self.lm or isinstance(model, CausalLM)
+            if reads_all and model.config.vocab_size < self.codec.vocabulary.size:
                 raise LexelError(
                     f"the {name} knows {model.config.vocab_size} ids, but the vocabulary has "
                     f"{self.codec.vocabulary.size}; take both from the same training run."
@@ -145,11 +160,16 @@ class Pipeline:
 
     @classmethod
     def from_pretrained(cls, name: str | Path | None = None) -> Pipeline:
-        """Load a bundle folder or hub id; with None the bundle that ships with Lexel.
+        """Load a bundle folder or hub id; with None the bundle that ships with Lexel. A folder with ``llm``
+        and ``vqgan`` in it is a published Liquid, see `lexel.sample.liquid`.
 
         All parts come in eval mode and float32. Raises LexelError when the folder is missing, is no bundle,
         or holds parts that were not trained together."""
         folder = find_bundle(name)
+        if (folder / "llm").is_dir() and (folder / "vqgan").is_dir():
+            from lexel.sample.liquid import load_liquid
+
+            return load_liquid(folder / "llm", folder / "vqgan")
         info = BundleInfo.read(folder)
         codec = load_codec(folder, info)
         tokenizer = load_tokenizer(folder / "tokenizer")
@@ -161,9 +181,11 @@ class Pipeline:
             from lexel.models.detokenizers import from_pretrained as load_detokenizer
 
             detokenizer = load_detokenizer(folder / "detokenizer")
+        tokenizers = {name: load_tokenizer(path) for name, path in tokenizer_folders(folder).items()}
+        check_views(folder, info, tokenizers)
         return cls(
             tokenizer,
-            CausalLM.from_pretrained(folder / "lm"),
+            load_lm(folder / "lm"),
             codec,
             detokenizer=detokenizer,
             drafter=load_drafter(folder / "drafter") if "drafter" in info.parts else None,
@@ -172,7 +194,8 @@ class Pipeline:
             decoding=info.decoding,
             scenes=info.scenes,
             tokenizer_fingerprint=info.tokenizer,
-            tokenizers={name: load_tokenizer(path) for name, path in tokenizer_folders(folder).items()},
+            tokenizers=tokenizers,
+            structured=info.structured,
         )
 
     def save_pretrained(
@@ -217,6 +240,12 @@ class Pipeline:
             sampling=self.sampling,
             decoding=self.decoding,
             scenes=self.scenes,
+            structured=self.structured,
+            views={
+                name: (load_tokenizer(folder / FURTHER / name) if dtype else model).fingerprint()
+                for name, model in self.tokenizers.items()
+                if name in self.codec.layouts
+            },
         ).write(folder)
 
     def to(self, device: torch.device | str) -> Pipeline:
@@ -345,7 +374,7 @@ class Pipeline:
         every = seeds(len(documents), generator)
         for plan, numbers in plans.items():
             settings = self._settings(plan, sampling, guidance, temperature)
-            guided = any(settings[modality].guidance != 1.0 for modality in plan)
+            guided = any(settings[modality].guided for modality in plan)
             # The same document object, repeated, is encoded once.
             filled = [self._encoded(documents[number], known) for number in numbers]
             prompts = [self.codec.prompt(document) for document in filled]
@@ -396,25 +425,55 @@ class Pipeline:
     ) -> dict[str, SamplingConfig]:
         if isinstance(sampling, SamplingConfig):
             sampling = dict.fromkeys(plan, sampling)
+        known = ("text", *self.codec.layouts)
+        if absent := [modality for modality in plan if modality not in known]:
+            raise ValueError(f"the model has no modality {absent[0]!r}; it has {', '.join(known)}.")
         given = dict(sampling or {})
-        if unknown := sorted(set(given) - {"text", *self.codec.layouts}):
+        if unknown := sorted(set(given) - set(known)):
             raise ValueError(f"the model has no modality {', '.join(unknown)} to set the sampling of.")
         plain = dict.fromkeys(self.codec.vocabulary.modalities, SamplingConfig())
         settings = {**plain, **self.sampling, **given}
         overrides = {"guidance": guidance, "temperature": temperature}
         changes: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
-        return {modality: replace(settings[modality], **changes) for modality in plan}
+        return {modality: settings[modality].with_every(**changes) for modality in plan}
 
     def _encoded(self, document: Document, known: dict[int, list[Segment]]) -> list[Segment]:
         """The document with codes for every picture that came as pixels."""
         if id(document) not in known:
             known[id(document)] = [
-                replace(segment, codes=self.tokenizer.encode(self._batch_of_one(segment.pixels)).to("cpu"))
+                replace(segment, codes=self._codes_of(segment.pixels, segment.modality))
                 if isinstance(segment, Image) and segment.codes is None and segment.pixels is not None
                 else segment
                 for segment in document
             ]
         return known[id(document)]
+
+    def tokenizer_of(self, modality: str) -> Tokenizer:
+        """The tokenizer of a modality that is drawn like a picture. Raises LexelError without one."""
+        if modality != "image" and modality not in self.tokenizers:
+            raise LexelError(f"{modality} is no picture for this bundle: it has no tokenizer of that name.")
+        return self.tokenizer if modality == "image" else self.tokenizers[modality]
+
+    def segment(self, modality: str, values: Any) -> Image:
+        """Structured values as a segment of a document; the inverse of `values`. Raises LexelError for a
+        modality without a codec, ValueError for values that it refuses."""
+        return Image(self._structured(modality).encode([values]), modality=modality)
+
+    def values(self, segment: Segment) -> Any:
+        """The structured values of a segment with codes, such as a list of boxes."""
+        codec = self._structured(segment.modality)
+        if not isinstance(segment, Image) or segment.codes is None:
+            raise ValueError(f"this segment of {segment.modality} has no codes to read values from.")
+        return codec.decode(segment.codes)[0]
+
+    def _structured(self, modality: str) -> StructuredCodec:
+        if modality not in self.structured:
+            known = ", ".join(self.structured) or "none"
+            raise LexelError(f"there is no structured modality {modality}; this bundle has {known}.")
+        return self.structured[modality]
+
+    def _codes_of(self, pixels: Tensor, modality: str) -> Codes:
+        return self.tokenizer_of(modality).encode(self._batch_of_one(pixels)).to("cpu")
 
     def _batch_of_one(self, pixels: Tensor) -> Tensor:
         if tuple(pixels.shape) != (3, *self.tokenizer.image_size):
@@ -433,21 +492,23 @@ class Pipeline:
         steps: int | None,
         generator: torch.Generator,
     ) -> GenerationOutput:
-        """Decode all generated pictures, `BATCH` at a time."""
+        """Decode all generated pictures, `BATCH` of one modality at a time."""
         documents = [list(document) for document in output.documents]
-        places, drawn = [], []
+        places: dict[str, list[tuple[int, int]]] = {}
         for row, document in enumerate(documents):
             for column in range(len(document) - generated[row], len(document)):
-                segment = document[column]
-                if isinstance(segment, Image) and segment.codes is not None:
-                    places.append((row, column))
-                    drawn.append(segment.codes)
-        for start in range(0, len(places), BATCH):
-            codes = concat_codes(drawn[start : start + BATCH])
-            pixels = self.decode(codes, detokenizer=detokenizer, steps=steps, generator=generator)
-            for number, picture in enumerate(pixels.cpu(), start=start):
-                row, column = places[number]
-                documents[row][column] = Image(drawn[number], picture)
+                if document[column].modality not in ("text", *self.structured):
+                    places.setdefault(document[column].modality, []).append((row, column))
+        for modality, found in places.items():
+            for start in range(0, len(found), BATCH):
+                some = found[start : start + BATCH]
+                segments: list[Any] = [documents[row][column] for row, column in some]
+                codes = concat_codes([segment.codes for segment in segments])
+                options: dict[str, Any] = {"steps": steps, "generator": generator}
+                drawn = detokenizer and modality == "image"
+                pixels = self.decode(codes, modality=modality, detokenizer=drawn, **options)
+                for (row, column), segment, picture in zip(some, segments, pixels.cpu()):
+                    documents[row][column] = replace(segment, pixels=picture)
         return replace(output, documents=[*documents])
 
     # Pictures
@@ -457,15 +518,16 @@ class Pipeline:
         self,
         codes: Codes,
         *,
+        modality: str = "image",
         detokenizer: bool = False,
         steps: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Codes → pixels ``[b, 3, h, w]`` in [-1, 1], by the tokenizer's decoder or the generative one.
-        Raises LexelError when the bundle has no detokenizer."""
+        """Codes of `modality` → pixels ``[b, 3, h, w]`` in [-1, 1], by its tokenizer's decoder or (pictures
+        only) the generative one. Raises LexelError when the bundle has none."""
         codes = codes.to(self.device)
         if not detokenizer:
-            return self.tokenizer.decode(codes).clamp(-1, 1)
+            return self.tokenizer_of(modality).decode(codes).clamp(-1, 1)
         if self.detokenizer is None:
             raise LexelError("this bundle has no detokenizer; leave it off, or train one and add it.")
         options = {} if steps is None else {"steps": steps}
@@ -476,9 +538,59 @@ class Pipeline:
         Raises LexelError for unreadable or huge files."""
         if isinstance(picture, Tensor):
             return picture
-        if isinstance(picture, (str, Path)):
-            return read_pixels(picture, self.tokenizer.image_size)
-        return to_pixels(picture.convert("RGB"), self.tokenizer.image_size)
+        image = load_image(picture) if isinstance(picture, (str, Path)) else picture.convert("RGB")
+        if self.codec.square is not None:
+            return on_square(image, self.tokenizer.image_size, self.codec.square)
+        return to_pixels(image, self.tokenizer.image_size)
+
+    @torch.no_grad()
+    def complete(
+        self,
+        picture: str | Path | Picture | Tensor | Codes,
+        keep: Tensor | None = None,
+        *,
+        box: Box | None = None,
+        caption: str | None = None,
+        count: int = 1,
+        seed: int | None = None,
+        sampling: SamplingConfig | None = None,
+        guidance: float | None = None,
+        temperature: float | None = None,
+        decoding: str = "plain",
+        detokenizer: bool = False,
+        steps: int | None = None,
+        batch_size: int = BATCH,
+    ) -> GenerationOutput:
+        """Draw a part of a picture anew, inside of it or around it; all other codes stay as they are.
+
+        keep: bool, over the code positions (of any shape with as many entries, such as the grid's): which
+        codes stay. box: instead, (x0, y0, x1, y1) in pixels of the tokenizer's picture size, what is drawn
+        anew: every code whose cell it touches. caption: what the whole picture shall show (None: anything;
+        guidance needs one). The other options are those of `stream`; documents of the result are the caption,
+        if any, and the picture. A decoder looks around, so pixels next to the part change a little, too.
+        Raises LexelError for a model that was not trained with ``stages.lm.mixture.infill``, ValueError
+        unless just one of `keep` and `box` says what to draw."""
+        if (keep is None) == (box is None) or count < 1:
+            raise ValueError("complete needs either keep or box, and a count of at least 1.")
+        if decoding == ZIPAR:
+            raise LexelError("ZipAR draws whole pictures; complete one with decoding=plain.")
+        layout = self.codec.layouts["image"]
+        if keep is None:
+            assert box is not None
+            keep = cells_outside(box, layout, self.tokenizer.image_size)
+        codes = picture if isinstance(picture, Codes) else self.encode(self.read_picture(picture)[None])
+        job = completion(self.codec, codes.to("cpu"), keep.flatten().cpu().bool(), caption)
+        settings = self._settings(("image",), sampling, 1.0 if caption is None else guidance, temperature)
+        policy = Policy(job.grammar, settings, (), self.device, self._choices)
+        generator = self._random(seed)
+        null = job.null if policy.guided else None
+        requests = [Request(job.prompt, null, policy, number) for number in seeds(count, generator)]
+        queue = self.engine.queue(decoding, requests, batch_size)
+        ids, logprobs, stats = run(queue, [queue.submit(request) for request in requests])
+        given: list[Segment] = [] if caption is None else [Text(caption)]
+        whole: list[Document] = [[*given, job.read(row)] for row in ids]
+        output = GenerationOutput(whole, ids, [len(row) for row in ids], logprobs, stats)
+        return self._with_pixels(output, [1] * count, detokenizer, steps, generator)
 
     def draw(self, text: str, **options: object) -> Tensor:
         """Pictures of a text, ``[count, 3, h, w]`` in [-1, 1]; options as for calling the pipeline."""

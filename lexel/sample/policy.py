@@ -18,11 +18,13 @@ from lexel.sample.logits import Processor, SamplingConfig
 
 
 class Token(NamedTuple):
-    """One position: its id in each column, its modality and its (index, row, column)."""
+    """One position: its id in each column, its modality and its (index, row, column). embed: a continuous
+    input ``[d]`` that stands in place of the ids; only prompts have any."""
 
     ids: tuple[int, ...]
     modality: int
     position: tuple[int, int, int]
+    embed: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +45,9 @@ class Choice:
 
 class Place(NamedTuple):
     """What the grammar and the settings say about the next token at one state: all that is asked at every
-    step, looked up once. books: the codebook of each column, empty for text and special tokens; after: the
-    state after whatever id is chosen, None where it depends on the id."""
+    step, looked up once. config: the settings of this very place; books: the codebook of each column, empty
+    for text and special tokens; after: the state after whatever id is chosen, None where it depends on the
+    id."""
 
     modality: int
     position: tuple[int, int, int]
@@ -57,7 +60,8 @@ class Place(NamedTuple):
 class Policy:
     """The places of a grammar under sampling settings. Policies over the same vocabulary share `choices`.
 
-    Raises LexelError when `sampling` names a modality that the model does not have."""
+    Raises LexelError when `sampling` names a modality that the model does not have, or has settings of
+    another number of columns than it has."""
 
     def __init__(
         self,
@@ -71,6 +75,13 @@ class Policy:
         if unknown := sorted(set(sampling) - set(known)):
             raise LexelError(f"no modality {', '.join(unknown)} to sample; the model has {', '.join(known)}.")
         self.grammar, self.processors, self.device = grammar, tuple(processors), torch.device(device)
+        for name, layout in grammar.codec.layouts.items():
+            further = len(sampling.get(name, SamplingConfig()).further)
+            if further not in (0, layout.columns - 1):
+                raise LexelError(
+                    f"{name} has {layout.columns} code(s) per position, sampling settings are given for "
+                    f"{1 + further}; let further hold one entry per code after the first, or none."
+                )
         self.configs = tuple(sampling.get(name, SamplingConfig()) for name in known)
         self._places: dict[State, Place] = {}
         # The grammar caches its masks: their id() stands for them while they are kept here.
@@ -81,7 +92,7 @@ class Policy:
     def guided(self) -> bool:
         """Whether any modality of the plan needs the unconditional rows."""
         names = self.grammar.codec.vocabulary.modalities
-        return any(c.guidance != 1.0 for name, c in zip(names, self.configs) if name in self.grammar.plan)
+        return any(config.guided for name, config in zip(names, self.configs) if name in self.grammar.plan)
 
     def place(self, state: State) -> Place:
         """What is known about the next token at `state`, which must not be done."""
@@ -92,12 +103,17 @@ class Policy:
             place = self._places[state] = Place(
                 modality,
                 self.grammar.position(state),
-                self.configs[modality],
+                self._config(modality, state),
                 choice,
                 self.grammar.columns(state),
                 None if self.grammar.branches(state) else self.grammar.advance(state, choice.start),
             )
         return place
+
+    def _config(self, modality: int, state: State) -> SamplingConfig:
+        """The settings at `state`: those that change over a picture depend on the code's number in it."""
+        config, step = self.configs[modality], self.grammar.step(state)
+        return config if step is None else config.at(*step)
 
     def advance(self, state: State, token: int) -> State:
         """The state after `token`. Raises ValueError when it is not allowed."""

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from lexel.document import State, TokenSequence
 from lexel.models.causal_lm import CausalLM
-from lexel.models.graphs import GraphedStep
+from lexel.models.graphs import GraphedStep, capturable
+from lexel.nn.spans import see_given
 from lexel.sample.policy import Token
 from lexel.types import TokenBatch
 
@@ -92,7 +93,11 @@ class Mark:
 def _tokens(sequence: TokenSequence) -> list[Token]:
     ids = sequence.ids if sequence.ids.ndim == 2 else sequence.ids[:, None]
     rows = zip(ids.tolist(), sequence.modality.tolist(), sequence.positions.tolist())
-    return [Token(tuple(i), m, (p[0], p[1], p[2])) for i, m, p in rows]
+    tokens = [Token(tuple(i), m, (p[0], p[1], p[2])) for i, m, p in rows]
+    if sequence.embeds is not None and sequence.embed_index is not None:
+        for place, embed in zip(sequence.embed_index.tolist(), sequence.embeds):
+            tokens[place] = tokens[place]._replace(embed=embed)
+    return tokens
 
 
 class Stream:
@@ -104,7 +109,8 @@ class Stream:
         self.lm, self.layers = lm, tuple(layers)
         self.device = next(lm.parameters()).device
         # A graphed pass returns hidden states only.
-        self.graphed = (self.device.type == "cuda" if graphed is None else graphed) and not self.layers
+        wanted = (self.device.type == "cuda" if graphed is None else graphed) and not self.layers
+        self.graphed = wanted and capturable(lm)
         self._steps: dict[tuple[int, float | None], GraphedStep[Tensor]] = {}
         self.cache = lm.new_cache(0, 1)
         self.lanes: list[Lane] = []
@@ -125,20 +131,20 @@ class Stream:
         """Read new prompts, all but their last tokens, which stay unread, and append them to the sequences
         in flight. nulls: the unconditional twin of each, or None. slots: tokens that the cache must hold of
         each. Returns the pass over the prompts (None when there was nothing to read)."""
-        lanes, blocks = [], []
+        lanes, lines = [], []
         for prompt, null in zip(prompts, nulls):
             known = _tokens(prompt)
             for sequence in [known] if null is None else [known, _tokens(null)]:
                 shift = sequence[-1].position[0] - known[-1].position[0]
                 lanes.append(Lane(shift, sequence[-1:]))
-                blocks.append(sequence[:-1])
+                lines.append(sequence)
+        blocks = [line[:-1] for line in lines]
         cache = self.lm.new_cache(len(lanes), slots)
         longest = max(len(block) for block in blocks)
         output = None
         if longest:
-            hidden, inputs = self.lm.decode(
-                self._batch(blocks, longest, None), cache=cache, layers=self.layers
-            )
+            batch = self._batch(blocks, longest, self._prompt_mask(lines))
+            hidden, inputs = self.lm.decode(batch, cache=cache, layers=self.layers)
             cache.crop([len(block) for block in blocks])
             empty = torch.empty(0, 0, dtype=torch.long)
             output = Prediction(self.lm, hidden, empty, empty, inputs)
@@ -221,7 +227,9 @@ class Stream:
         """Hidden states ``[r, q, d]`` of the blocks (and the inputs of `layers`); the cache grows by q."""
         longest = max(len(block) for block in blocks)
         wide = next((w for w in GRAPHED_WIDTHS if w >= longest), None) if self.graphed else None
-        if wide is None or max(self.cache.host_lengths) + wide > self.cache.max_length:
+        embedded = any(token.embed is not None for block in blocks for token in block)
+        # A graphed pass reads ids alone.
+        if wide is None or embedded or max(self.cache.host_lengths) + wide > self.cache.max_length:
             mask = None if parents is None else self._tree_mask(parents, longest)
             batch = self._batch(blocks, longest, mask)
             return self.lm.decode(batch, cache=self.cache, width=width, layers=self.layers)
@@ -259,12 +267,33 @@ class Stream:
         filler = Token((0,) * columns, 0, (0, 0, 0))
         padded = [block + [filler] * (longest - len(block)) for block in blocks]
         ids = torch.tensor([[token.ids for token in block] for block in padded], device=self.device)
+        embedded = [
+            (row, place, token.embed)
+            for row, block in enumerate(blocks)
+            for place, token in enumerate(block)
+            if token.embed is not None
+        ]
+        embeds, embed_index = None, None
+        if embedded:
+            embeds = torch.stack([embed for _, _, embed in embedded]).to(self.device)
+            embed_index = torch.tensor([place[:2] for place in embedded], device=self.device)
         return TokenBatch(
             ids=ids[..., 0] if columns == 1 else ids,
             modality=torch.tensor([[t.modality for t in block] for block in padded], device=self.device),
             positions=torch.tensor([[t.position for t in block] for block in padded], device=self.device),
             attention_mask=mask,
+            embeds=embeds,
+            embed_index=embed_index,
         )
+
+    def _prompt_mask(self, lines: list[list[Token]]) -> Tensor | None:
+        """Bool ``[r, q, q]`` over all but the last token of each prompt where the model sees given pictures
+        in both directions, None for plain causal attention."""
+        closing = getattr(self.lm.config, "bidirectional", ())
+        if not closing:
+            return None
+        mask = see_given(self._batch(lines, max(map(len, lines)), None), closing).attention_mask
+        return None if mask is None else mask[:, :-1, :-1]
 
     def _tree_mask(self, parents: list[list[int]], longest: int) -> Tensor:
         """Bool ``[r, q, s]``: each token sees what its lane holds, its ancestors and itself."""
@@ -340,4 +369,4 @@ def _path(lane: Lane, known: Sequence[Token]) -> list[int]:
 def _shifted(tokens: Sequence[Token], shift: int) -> list[Token]:
     if not shift:
         return list(tokens)
-    return [Token(t.ids, t.modality, (t.position[0] + shift, *t.position[1:])) for t in tokens]
+    return [t._replace(position=(t.position[0] + shift, *t.position[1:])) for t in tokens]

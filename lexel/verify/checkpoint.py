@@ -1,4 +1,4 @@
-"""Trying a downloaded checkpoint: do its keys fit, and does the tokenizer draw the test pictures again?
+"""Trying a downloaded checkpoint: do its keys fit, and does a tokenizer draw the test pictures again?
 
 The pictures are made here (`sample_pictures`), so nothing has to be downloaded: two scenes of coloured
 shapes and a smooth colour gradient with fine, text-like marks.
@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lexel.catalog import Layout, Published, System
 from lexel.checkpoints import read_copy
 from lexel.data.shapes import ShapesConfig
 from lexel.errors import LexelError
 from lexel.evaluate.metrics import psnr
+from lexel.models import published_systems as published_models
 from lexel.tokenizers import published_systems
 from lexel.tokenizers.base import Tokenizer
 
@@ -119,7 +120,11 @@ def verify_checkpoint(
     layout = entry.layout_for(model, state)
     keys = compare_keys(layout, model, state)
     pictures: dict[str, Any] = {}
-    if not (keys["missing"] or keys["unknown"] or keys["misshaped"]):
+    if not isinstance(model, Tokenizer):
+        pictures = {
+            "note": "names, shapes and sizes were checked; a model without its tokenizer draws nothing."
+        }
+    elif not (keys["missing"] or keys["unknown"] or keys["misshaped"]):
         model = stored.build().eval()
         layout.load(model, state, str(path))
         pictures = reconstruct(model, (size, size) if size else picture_size(model))
@@ -139,9 +144,9 @@ def verify_checkpoint(
 
 
 def _choose(name: str, row: str | None) -> tuple[System, Published]:
-    systems = published_systems()
+    systems = published_systems() | published_models()
     if name not in systems:
-        raise LexelError(f"there is no published tokenizer system {name!r}; there are: {', '.join(systems)}.")
+        raise LexelError(f"there is no published system {name!r}; there are: {', '.join(systems)}.")
     rows = {one.name: one for one in systems[name].rows}
     if row is None and len(rows) > 1:
         raise LexelError(f"{name} has several checkpoints; say which with --name: {', '.join(rows)}.")
@@ -150,10 +155,10 @@ def _choose(name: str, row: str | None) -> tuple[System, Published]:
     return systems[name], rows[row or next(iter(rows))]
 
 
-def compare_keys(layout: Layout, model: Tokenizer, state: Mapping[str, Tensor]) -> dict[str, Any]:
+def compare_keys(layout: Layout, model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The report's fields about keys: the file's tensors against those of `model`."""
     expected = layout.shapes(model)
-    needed = layout.names(model).values()
+    needed = dict.fromkeys(layout.names(model).values())
     read = [name for name in needed if name in state]
     others = [name for name in state if name not in expected]
     ignored = [name for name in others if layout.is_idle(name)]

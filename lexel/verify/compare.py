@@ -41,6 +41,15 @@ SYSTEMS = {
     "elm_bae": "bae:bae",
     "lantern": "lantern:lantern",
     "eagle_head": "eagle:heads",
+    "llamagen_gpt_c2i": "raster:llamagen_c2i",
+    "llamagen_gpt_t2i": "raster:llamagen_t2i",
+    "larp_ar": "raster:larp",
+    "fqgan_ar_dual": "raster_columns:fqgan_dual",
+    "fqgan_ar_triple": "raster_columns:fqgan_triple",
+    "elm_ar": "raster_columns:elm",
+    "open_magvit2_ar": "raster_columns:open_magvit2",
+    "liquid": "liquid:liquid",
+    "liquid_llama": "liquid:liquid",
 }
 Recompute = Callable[[Fixture], Mapping[str, Tensor]]
 
