@@ -7,6 +7,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from lexel.data.packing import first_fit, pack
 from lexel.document import TokenSequence
 from lexel.errors import LexelError
+from lexel.models.causal_lm import CausalLMConfig
+from lexel.train.objectives.lm import NextTokenObjective, predicting
 
 PAD = 7
 
@@ -88,3 +90,41 @@ def test_a_document_that_is_too_long_is_refused_by_its_length():
         pack(documents([3, 17]), 16, PAD)
     with pytest.raises(ValueError, match="empty"):
         pack([], 16, PAD)
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_the_packed_loss_is_the_loss_of_the_documents(columns):
+    """No cross-talk: loss and gradients of packed rows are those of each document alone, weighed by its
+    number of targets."""
+    torch.manual_seed(0)
+    several = {"head": "parallel", "codebook_sizes": (8, 8), "code_offsets": (10, 18)} if columns > 1 else {}
+    lm = CausalLMConfig(26, dim=16, layers=2, heads=2, rope_axes=(0.5, 0.25, 0.25), **several).build()
+    documents = [document(length, columns) for length in (5, 12, 3, 9)]
+    objective = NextTokenObjective(("text", "image"))
+
+    def loss_of(batch):
+        output = lm(batch, select=predicting(batch))
+        return objective(output, batch, code_offsets=lm.config.code_offsets, pad_id=0)[0]
+
+    packed = pack(documents, length=16, pad=0)
+    assert len(packed.ids) == 2
+    together = loss_of(packed)
+    together.backward()
+    found = {name: parameter.grad.clone() for name, parameter in lm.named_parameters()}
+    lm.zero_grad()
+    alone = [pack([one], length=len(one), pad=0) for one in documents]
+    counts = [int(predicting(batch).sum()) * columns for batch in alone]
+    separate = sum(loss_of(batch) * count for batch, count in zip(alone, counts)) / sum(counts)
+    separate.backward()
+    torch.testing.assert_close(together, separate)
+    for name, parameter in lm.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def document(length, columns):
+    """Codes of pictures everywhere, so that every column of every position counts."""
+    first = torch.randint(10, 18, (length,))
+    ids = torch.stack([first, torch.randint(18, 26, (length,))], 1) if columns > 1 else first
+    positions = torch.stack([torch.arange(length)] * 3, 1)
+    ones = torch.ones(length, dtype=torch.long)
+    return TokenSequence(ids, ones, positions, torch.ones(length, dtype=torch.bool))

@@ -80,7 +80,13 @@ def check(pixels: Tensor) -> list[SceneObject]:
         raise ValueError(f"check reads one square picture [3, s, s], got {tuple(pixels.shape)}.")
     if pixels.shape[1] < _WORKING_SIDE:
         raise ValueError(f"check reads pictures of side 32 or more, got {pixels.shape[1]}.")
-    picture = _to_working_array(pixels)
+    # Everything is finite, but matrix products of a few columns also compute on what lies behind them, and
+    # numpy reports what that did to the processor's flags.
+    with np.errstate(invalid="ignore"):
+        return _read(_to_working_array(pixels))
+
+
+def _read(picture: Array) -> list[SceneObject]:
     background = _background(picture)
     difference = picture - background
     labels = _grow(_components(_foreground(difference, background)), _MARGIN)

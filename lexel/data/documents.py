@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
+from typing import Any
 
 from torch.utils.data import Dataset
 
+from lexel.data.denoising import denoise, draw_hole, hide_codes, with_holes
 from lexel.data.example import Example
 from lexel.data.sampler import Draw, mix_seed
 from lexel.data.tokenized import CodeExample, TokenizedDataset
@@ -19,13 +21,18 @@ class Mixture:
     """How often each kind of document is drawn (relative weights, not all zero).
 
     text_to_image: caption, then picture (loss on the picture); image_to_text: picture, then caption (loss on
-    the caption); text / image: one alone.
+    the caption); text / image: one alone; denoise: one of the first two (or plain text, where there are no
+    pictures) with holes in captions and pictures, by UL2's mixture of denoisers; infill: caption, then a
+    picture with a hole that is to be filled. See `lexel.data.denoising` for both: they need its `ROLES` in
+    the vocabulary.
     """
 
     text_to_image: float = 1.0
     image_to_text: float = 1.0
     text: float = 0.0
     image: float = 0.0
+    denoise: float = 0.0
+    infill: float = 0.0
 
     def __post_init__(self) -> None:
         if min(astuple(self)) < 0 or sum(astuple(self)) <= 0:
@@ -58,6 +65,7 @@ class DocumentDataset(Dataset[TokenSequence]):
         seed: int = 0,
         text: Dataset[Example] | None = None,
         modality: str = "image",
+        supervise: str = "last",
     ) -> None:
         if codes is None and text is None:
             raise ValueError("DocumentDataset needs codes, text or both.")
@@ -70,18 +78,37 @@ class DocumentDataset(Dataset[TokenSequence]):
         self.seed = seed
         self.text = text
         self.modality = modality
+        self.supervise = supervise
+        if codes is not None and modality not in codec.layouts:
+            known = ", ".join(codec.vocabulary.modalities)
+            raise ValueError(f"the data are {modality!r} codes, the vocabulary has {known}.")
 
     def __len__(self) -> int:
         return len(self.text if self.codes is None else self.codes)  # type: ignore[arg-type]
 
     def __getitem__(self, draw: Draw) -> TokenSequence:
         rng = random.Random(mix_seed(self.seed, draw.counter))
-        document, unconditional = self.document(draw, rng)
-        return self.codec.build(document, unconditional=unconditional)
-
-    def document(self, draw: Draw, rng: random.Random) -> tuple[list[Segment], bool]:
-        """The drawn document, and whether its caption is to be written in the unconditional form."""
         template = rng.choices(_TEMPLATES, astuple(self.mixture))[0]
+        document, unconditional = self.document(template, draw, rng)
+        wording = rng.randrange(self.codec.wordings) if self.codec.wordings > 1 else 0
+        sequence = self.codec.build(document, self.supervise, unconditional=unconditional, wording=wording)
+        if template == "denoise":
+            return denoise(self.codec, sequence, rng)
+        if template == "infill" and isinstance(document[-1], Image):
+            missing = draw_hole(self.codec.layouts[self.modality], rng)
+            hidden = hide_codes(self.codec, sequence, missing)
+            # A flexible picture may be too short to have anything there.
+            return with_holes(self.codec, sequence, hidden) if hidden.any() else sequence
+        return sequence
+
+    def name(self, draw: Draw) -> str:
+        """The key of the picture (or, without pictures, the text) that a draw is about, for messages."""
+        source: Any = self.text if self.codes is None else self.codes
+        return str(source[draw.index].key)
+
+    def document(self, template: str, draw: Draw, rng: random.Random) -> tuple[list[Segment], bool]:
+        """A document of the kind `template`, and whether its caption is to be written in the unconditional
+        form."""
         # Drawn whether used or not, so that a change of the mixture's weights moves nothing else.
         dropped, caption_draw = rng.random() < self.drop, rng.random()
         if self.codes is None:
@@ -96,9 +123,9 @@ class DocumentDataset(Dataset[TokenSequence]):
         caption = Text(example.captions[int(caption_draw * len(example.captions))])
         if template == "text":
             return [caption], False
-        if template == "image_to_text":
+        if template == "image_to_text" or (template == "denoise" and rng.random() < 0.5):
             return [image, caption], False
-        return [caption, image], dropped
+        return [caption, image], dropped and template != "denoise"
 
 
 def _plain_text(source: Dataset[Example], index: int) -> Text:

@@ -79,6 +79,17 @@ def to_pixels(image: Image.Image, size: int | tuple[int, int]) -> Tensor:
     return array.permute(2, 0, 1).contiguous().float() / 127.5 - 1
 
 
+def on_square(image: Image.Image, size: tuple[int, int], colour: tuple[int, int, int]) -> Tensor:
+    """Float ``[3, h, w]`` in [-1, 1]: the whole picture in the middle of a square of one colour, scaled
+    (Lanczos), as Liquid reads pictures."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    height, width = size
+    array = torch.from_numpy(np.array(square.resize((width, height), Image.Resampling.LANCZOS)))
+    return array.permute(2, 0, 1).contiguous().float() / 127.5 - 1
+
+
 def varied_pixels(
     image: Image.Image, size: int | tuple[int, int], crop: float, flip: bool, seed: int
 ) -> Tensor:

@@ -66,7 +66,7 @@ def pack(sequences: Sequence[TokenSequence], length: int, pad: int) -> TokenBatc
             loss_mask[row, start] = False
             owner[row, span] = item
             start += len(sequence)
-    return TokenBatch(ids, modality, positions, document_mask(owner), loss_mask)
+    return TokenBatch(ids, modality, positions, document_mask(owner), loss_mask, documents=owner)
 
 
 def document_mask(owner: Tensor) -> Tensor:

@@ -92,6 +92,11 @@ class ResumableSampler(Sampler[list[Draw]]):
         return (self.batch(number) for number in count(self.start_batch))
 
 
+def name_of(dataset: Any, draw: Draw) -> str:
+    """What a user calls the item of a draw: what the dataset's `name` says, else its number."""
+    return dataset.name(draw) if hasattr(dataset, "name") else f"example {draw.index}"
+
+
 class DrawnDataset(Dataset[Any]):
     """A map-style dataset read by `Draw` instead of by number. With a `seed` each draw is another variation
     of its picture, by the dataset's ``varied(index, seed of the draw)``; without one every draw is alike."""
@@ -107,3 +112,7 @@ class DrawnDataset(Dataset[Any]):
         if self.seed is None:
             return self.dataset[draw.index]
         return self.dataset.varied(draw.index, mix_seed(self.seed, draw.counter))  # type: ignore[attr-defined]
+
+    def name(self, draw: Draw) -> str:
+        """The key of the drawn example, for messages."""
+        return str(getattr(self.dataset[draw.index], "key", f"example {draw.index}"))

@@ -18,6 +18,7 @@ from functools import lru_cache
 from typing import Literal, get_args
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from lexel.data.captions import (
@@ -31,6 +32,7 @@ from lexel.data.captions import (
     satisfies,
 )
 from lexel.data.example import Example
+from lexel.data.modalities import VIEWS, View, render_view
 from lexel.data.scene import (
     BACKGROUNDS,
     COLORS,
@@ -93,7 +95,8 @@ class ShapesConfig:
     1, 2, 3 objects. textured: share of textured backgrounds. backgrounds: shades to choose from.
     variation: how far places, radii, colours and shades wander from their nominal values, 0 (fixed) to 1.
     captions_per_picture: the first always names all objects with colour and shape. partial: share of the
-    others that leave something out.
+    others that leave something out. view: what the pixels show, see `lexel.data.modalities`: the picture, or
+    its segmentation, edges or depth.
     Raises ValueError when a value is out of range.
     """
 
@@ -107,6 +110,7 @@ class ShapesConfig:
     variation: float = 1.0
     captions_per_picture: int = 4
     partial: float = 0.25
+    view: View = "picture"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "object_weights", tuple(self.object_weights))
@@ -115,6 +119,8 @@ class ShapesConfig:
             raise ValueError(f"backgrounds are some of {', '.join(BACKGROUNDS)}, got {self.backgrounds}.")
         if not 32 <= self.size <= 256:
             raise ValueError(f"shapes are drawn at sizes 32..256, got {self.size}.")
+        if self.view not in VIEWS:
+            raise ValueError(f"view is one of {', '.join(VIEWS)}, got {self.view!r}.")
         if not 1 <= self.max_objects <= 3:
             raise ValueError(f"max_objects must be 1, 2 or 3, got {self.max_objects}.")
         weights = self.object_weights[: self.max_objects]
@@ -165,8 +171,11 @@ class ShapesConfig:
         scene = self._scene(kind, seed, index)
         rng = _generator(self.seed, _STREAMS[kind], seed, index, 1)
         return Example(
-            f"shapes-{kind}-{seed}-{index}", self._captions(scene, rng), scene.render(self.size), scene
+            f"shapes-{kind}-{seed}-{index}", self._captions(scene, rng), self._pixels(scene), scene
         )
+
+    def _pixels(self, scene: Scene) -> Tensor:
+        return render_view(scene, self.view, self.size)
 
     def _captions(self, scene: Scene, rng: np.random.Generator) -> tuple[str, ...]:
         claims = [full_claim(scene.objects, rng)]
@@ -210,7 +219,7 @@ class ShapesDataset(Dataset[Example]):
     def __getitem__(self, index: int) -> Example:
         index, scene = self._index(index), self.scene(index)
         key = f"shapes-{self.split}-{self.config.seed}-{index}"
-        return Example(key, self._captions(index, scene), scene.render(self.config.size), scene)
+        return Example(key, self._captions(index, scene), self.config._pixels(scene), scene)
 
 
 def _known_kind(kind: str) -> str:

@@ -25,7 +25,15 @@ from torch.utils.data import Dataset
 from lexel.data.example import Example
 from lexel.data.images import load_image, read_pixels, varied_pixels, verify_image
 from lexel.data.problems import Problems
-from lexel.data.source import PictureSourceConfig, Split, clean_captions, split_keys, verify_all
+from lexel.data.source import (
+    PictureSourceConfig,
+    Split,
+    check_split,
+    clean_captions,
+    split_keys,
+    verify_all,
+)
+from lexel.data.store import Store, is_url
 from lexel.errors import LexelError
 
 _PICTURES = ("jpg", "jpeg", "png", "webp")
@@ -37,9 +45,22 @@ class ShardsConfig(PictureSourceConfig):
     """WebDataset tars: members ``<key>.jpg|jpeg|png|webp`` with ``<key>.txt`` (the caption) or ``<key>.json``
     (captions under `caption_column`) beside them; ``<key>`` ends at the first dot of the file name.
 
-    root: a folder of ``*.tar``; the other options are those of `PictureSourceConfig`. With on_error="skip" a
+    root: a folder of ``*.tar``, local or of an object store (a URL; its tars are copied to this machine
+    first, see `Store`); the other options are those of `PictureSourceConfig`. With on_error="skip" a
     truncated tar keeps the samples before the damage, and what is missing is named.
     """
+
+    def folder(self, split: Split) -> tuple[Path, float | None]:
+        """As `PictureSourceConfig.folder`; a URL is one split's or, with `validation_share`, both splits'."""
+        if not is_url(self.root):
+            return super().folder(split)
+        check_split(split)
+        url = self.validation_root if self.validation_root and split == "validation" else self.root
+        store = Store(url)
+        for name in sorted(store.names):
+            if name.endswith(".tar"):
+                store.bring(name)
+        return store.folder, None if self.validation_root else self.validation_share
 
     def build(self, split: Split) -> ShardsDataset:
         """The samples of one split. LexelError for a missing folder or when no usable sample is left."""
@@ -76,7 +97,8 @@ class ShardsDataset(Dataset[Example]):
         self.problems = Problems(str(root), config.on_error)
         tars = sorted(root.rglob("*.tar"))
         if not tars:
-            raise LexelError(f"{root} holds no .tar shard (compressed ones must be unpacked to .tar first).")
+            where = self.config.root if is_url(self.config.root) else root
+            raise LexelError(f"{where} holds no .tar shard (compressed ones must be unpacked to .tar first).")
         samples: dict[str, _Sample] = {}
         for tar in tars:
             name = tar.relative_to(root).with_suffix("").as_posix()

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lexel.data.example import Example, stack_pixels
+from lexel.data.store import Store, is_url
 from lexel.errors import LexelError
 from lexel.hub import write_atomically
 from lexel.tokenizers.layout import CodeLayout
@@ -33,6 +34,7 @@ from lexel.types import Codes
 
 if TYPE_CHECKING:
     from lexel.tokenizers.base import Tokenizer
+    from lexel.tokenizers.structured import StructuredCodec
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
@@ -105,24 +107,27 @@ class Manifest:
 
 class TokenizedDataset(Dataset[CodeExample]):
     """The codes in `folder`, map-style. Shards are read on first use (memory-mapped), in each worker by
-    itself.
+    itself; of a folder in an object store (a URL) each is copied to this machine first, see `Store`.
 
     fingerprint: of the tokenizer that the codes must come from. Raises LexelError when they come from another
     one (naming both fingerprints), when a shard is missing or damaged.
     """
 
     def __init__(self, folder: str | Path, fingerprint: str | None = None) -> None:
-        self.folder = Path(folder)
+        self.store = Store(str(folder)) if is_url(folder) else None
+        self.folder = Path(folder) if self.store is None else self.store.folder
+        if self.store is not None and MANIFEST_FILE in self.store.names:
+            self.store.bring(MANIFEST_FILE)
         self.manifest = Manifest.read(self.folder)
         if fingerprint is not None and fingerprint != self.manifest.fingerprint:
             raise LexelError(
-                f"{self.folder} holds codes of tokenizer {self.manifest.fingerprint}, not of {fingerprint}; "
+                f"{folder} holds codes of tokenizer {self.manifest.fingerprint}, not of {fingerprint}; "
                 "tokenize the data again with this tokenizer."
             )
-        missing = [i for i in range(self.manifest.shards) if not _tensor_file(self.folder, i).is_file()]
+        missing = [i for i in range(self.manifest.shards) if not self._holds(_tensor_file(self.folder, i))]
         if missing:
             raise LexelError(
-                f"{self.folder} lacks {len(missing)} of {self.manifest.shards} shards (first: {missing[0]}); "
+                f"{folder} lacks {len(missing)} of {self.manifest.shards} shards (first: {missing[0]}); "
                 "run the same `lexel tokenize` again to finish it."
             )
         self._shards: dict[int, tuple[list[dict[str, Any]], dict[str, Tensor]]] = {}
@@ -135,6 +140,7 @@ class TokenizedDataset(Dataset[CodeExample]):
             raise IndexError(f"{self.folder} holds {len(self)} pictures, got index {index}.")
         shard, row = divmod(index % len(self), self.manifest.shard_size)
         if shard not in self._shards:
+            self._bring(_tensor_file(self.folder, shard), _text_file(self.folder, shard))
             self._shards[shard] = _read_shard(self.folder, shard, len(self.manifest.rows(shard)))
         texts, tensors = self._shards[shard]
         lengths = tensors.get("lengths")
@@ -148,14 +154,32 @@ class TokenizedDataset(Dataset[CodeExample]):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_shards": {}}
 
+    def _holds(self, path: Path) -> bool:
+        return path.is_file() if self.store is None else path.name in self.store.names
+
+    def _bring(self, *paths: Path) -> None:
+        for path in paths:
+            if self.store is not None:
+                self.store.bring(path.name)
+
     def captions(self) -> Iterator[str]:
         """Every caption of every picture, e.g. to train the text tokenizer on."""
         for shard in range(self.manifest.shards):
+            self._bring(_text_file(self.folder, shard))
             for row in _read_texts(self.folder, shard):
                 yield from row["captions"]
 
 
 def tokenize_dataset(
+    tokenizer: Tokenizer, dataset: Dataset[Example], folder: str | Path, **options: Any
+) -> TokenizedDataset:
+    """Write the codes and captions of every example of `dataset` into `folder`, and open them; options and
+    errors of `write_codes`."""
+    write_codes(tokenizer, dataset, folder, **options)
+    return TokenizedDataset(folder, tokenizer.fingerprint())
+
+
+def write_codes(
     tokenizer: Tokenizer,
     dataset: Dataset[Example],
     folder: str | Path,
@@ -166,13 +190,15 @@ def tokenize_dataset(
     progress: bool = False,
     shard_size: int = 1024,
     source: Mapping[str, Any] | None = None,
-) -> TokenizedDataset:
-    """Write the codes and captions of every example of `dataset` into `folder`; finished shards are kept.
+    part: tuple[int, int] = (0, 1),
+) -> int:
+    """Write codes and captions into `folder`; finished shards are kept. Returns how many shards are missing.
 
     workers: on the CPU that many processes each encode whole shards with one thread (started by "spawn", so a
     script needs its ``if __name__ == "__main__"``); on another device that many threads load the pictures.
-    source: plain values describing the data, kept in the manifest. Raises LexelError when the folder holds
-    codes of another tokenizer, or of data with another size or description.
+    source: plain values describing the data, kept in the manifest. part: ``(i, n)`` writes every n-th shard
+    from the i-th on, so that n machines fill one folder. Raises LexelError when the folder holds codes of
+    another tokenizer, or of data with another size or description.
     """
     folder = Path(folder)
     count = len(dataset)  # type: ignore[arg-type]
@@ -181,8 +207,10 @@ def tokenize_dataset(
             f"Tokenizing needs pictures and sizes of at least 1, got {count} pictures, "
             f"batch_size {batch_size}, shard_size {shard_size}."
         )
+    if not 0 <= part[0] < part[1]:
+        raise ValueError(f"a part is (i, n) with 0 <= i < n, got {part}.")
     manifest = _open_folder(folder, _manifest_of(tokenizer, count, shard_size, source or {}))
-    todo = [i for i in range(manifest.shards) if not _tensor_file(folder, i).is_file()]
+    todo = [i for i in range(part[0], manifest.shards, part[1]) if not _tensor_file(folder, i).is_file()]
     job = partial(_write_shard, dataset=dataset, folder=folder, manifest=manifest, batch_size=batch_size)
     in_processes = torch.device(device).type == "cpu" and workers > 0
     with _evaluating(tokenizer, device):
@@ -190,6 +218,36 @@ def tokenize_dataset(
         done = _in_processes(job, todo, workers) if in_processes else map(job, todo)
         for _ in _track(done, len(todo)) if progress else done:
             pass
+    return sum(not _tensor_file(folder, i).is_file() for i in range(manifest.shards))
+
+
+class Encoder(Protocol):
+    """What writes codes: a tokenizer, or a codec of structured values."""
+
+    @property
+    def layout(self) -> CodeLayout: ...
+    def fingerprint(self) -> str: ...
+
+
+def tokenize_values(
+    codec: StructuredCodec,
+    dataset: Dataset[Example],
+    values: Callable[[Example], Any],
+    folder: str | Path,
+    *,
+    shard_size: int = 1024,
+    source: Mapping[str, Any] | None = None,
+) -> TokenizedDataset:
+    """`tokenize_dataset` for structured values: `values` says which an example has. Raises LexelError as
+    that does, ValueError for values that the codec refuses."""
+    folder = Path(folder)
+    manifest = _open_folder(folder, _manifest_of(codec, len(dataset), shard_size, source or {}))  # type: ignore[arg-type]
+    for shard in range(manifest.shards):
+        if not _tensor_file(folder, shard).is_file():
+            examples = [dataset[row] for row in manifest.rows(shard)]
+            codes = codec.encode([values(example) for example in examples])
+            texts = [_text(example) for example in examples]
+            _save_shard(folder, shard, manifest, texts, codes.indices, codes.lengths)
     return TokenizedDataset(folder, manifest.fingerprint)
 
 
@@ -282,7 +340,7 @@ def _text_file(folder: Path, shard: int) -> Path:
     return folder / f"codes-{shard:05d}.jsonl"
 
 
-def _manifest_of(tokenizer: Tokenizer, count: int, shard_size: int, source: Mapping[str, Any]) -> Manifest:
+def _manifest_of(tokenizer: Encoder, count: int, shard_size: int, source: Mapping[str, Any]) -> Manifest:
     layout = tokenizer.layout
     return Manifest(
         tokenizer.fingerprint(),
@@ -345,18 +403,34 @@ def _write_shard(
             load = pool.map if pool is not None else map
             examples = list(load(dataset.__getitem__, batch))
             codes = tokenizer.encode(stack_pixels(examples).to(device)).to("cpu")
-            texts += [{"key": example.key, "captions": list(example.captions)} for example in examples]
+            texts += [_text(example) for example in examples]
             indices.append(codes.indices.int())
             if codes.lengths is not None:
                 lengths.append(codes.lengths.int())
-    tensors = {"indices": torch.cat(indices)}
-    if lengths:
-        tensors["lengths"] = torch.cat(lengths)
+    _save_shard(folder, shard, manifest, texts, torch.cat(indices), torch.cat(lengths) if lengths else None)
+    return len(rows)
+
+
+def _text(example: Example) -> dict[str, Any]:
+    return {"key": example.key, "captions": list(example.captions)}
+
+
+def _save_shard(
+    folder: Path,
+    shard: int,
+    manifest: Manifest,
+    texts: Sequence[Mapping[str, Any]],
+    indices: Tensor,
+    lengths: Tensor | None,
+) -> None:
+    """Write a shard's two files, the tensors last."""
+    tensors = {"indices": indices.int()}
+    if lengths is not None:
+        tensors["lengths"] = lengths.int()
     lines = "".join(json.dumps(text) + "\n" for text in texts)
     write_atomically(_text_file(folder, shard), lambda path: _write_text(path, lines))
     metadata = {"fingerprint": manifest.fingerprint}
     write_atomically(_tensor_file(folder, shard), lambda path: save_file(tensors, path, metadata))
-    return len(rows)
 
 
 def _read_texts(folder: Path, shard: int) -> list[dict[str, Any]]:

@@ -67,7 +67,7 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def _format(head: str, last: str, value: float) -> str:
-    if last.startswith(_MEASURES) or last == "codebook_usage":
+    if last.startswith((*_MEASURES, "agreement_")) or last == "codebook_usage":
         return f"{value:.1%}"
     if head == "seconds":
         return f"{value:.2f} s" if value < 10 else f"{value:.0f} s"

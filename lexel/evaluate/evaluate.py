@@ -25,10 +25,11 @@ from lexel.data.scene import Scene
 from lexel.data.shapes import ShapesConfig, chance_accuracy
 from lexel.document import Document, Image, Text
 from lexel.errors import LexelError
+from lexel.evaluate.consistency import consistency
 from lexel.evaluate.metrics import CodebookUsage, peak_memory_mb, psnr
 from lexel.sample.codes import concat_codes
 from lexel.sample.pipeline import Pipeline
-from lexel.types import Codes
+from lexel.types import Codes, TokenBatch
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -59,9 +60,10 @@ def evaluate_bundle(
 
     count: held-out examples of each kind. Groups: `tokenizer`, `text_to_image`, `image_to_text` (shapes
     only), `detokenizer` (where the bundle has one), `speculative` per drafter, `nll` (nats per token given
-    the other modality), `seconds`, `peak_memory_mb`. Accuracies are shares in 0..1, `chance_*` the level a
-    blind guess of the right kind reaches. Raises LexelError when the pictures' size is not the bundle's or
-    the source has no held-out pictures.
+    the other modality), `nested` (per nested width, agreement with the whole model), `seconds`,
+    `peak_memory_mb`. Accuracies are shares in 0..1, `chance_*` the level a blind guess of the right kind
+    reaches. Raises LexelError when the pictures' size is not the bundle's or the source has no held-out
+    pictures.
     """
     if tuple(data.image_size) != tuple(pipeline.tokenizer.image_size):
         raise LexelError(
@@ -190,6 +192,29 @@ class Evaluation:
                 "image": self._nll("Scoring pictures", list(zip(texts, pictures)), "image"),
                 "text": self._nll("Scoring captions", list(zip(pictures, texts)), "text"),
             }
+        if self.pipeline.lm.config.ffn_widths[:-1]:
+            self.measure_nested(list(zip(texts, pictures)), list(zip(pictures, texts)))
+
+    def measure_nested(self, drawn: Sequence[Document], described: Sequence[Document]) -> None:
+        """`nested`: per narrower feed-forward width, how much the submodel agrees with the whole model."""
+        group = self.report["nested"] = {}
+        with self._timed("nested"):
+            for width in self.pipeline.lm.config.ffn_widths[:-1]:
+                entries = group[f"{100 * width:g}_percent"] = {}
+                for modality, documents in (("image", drawn), ("text", described)):
+                    found = consistency(self.pipeline.lm, self._scored(documents, modality), width)
+                    entries[f"agreement_{modality}"] = found.agreement
+                    entries[f"kl_{modality}"] = found.divergence
+
+    def _scored(self, documents: Sequence[Document], modality: str) -> Iterator[tuple[TokenBatch, Tensor]]:
+        """Batches of documents, and the positions whose next token is a target of `modality`."""
+        codec = self.pipeline.codec
+        wanted = codec.vocabulary.mask(modality)
+        for start in range(0, len(documents), self.batch_size):
+            batch = codec.collate([codec.build(d) for d in documents[start : start + self.batch_size]])
+            first = batch.ids if batch.ids.ndim == 2 else batch.ids[..., 0]
+            assert batch.loss_mask is not None
+            yield batch, F.pad((batch.loss_mask & wanted[first])[:, 1:], (0, 1))
 
     def measure_speculation(self, texts: Sequence[str]) -> None:
         """`speculative`: tokens per target pass and speed against plain decoding, one picture at a time."""
