@@ -1,4 +1,5 @@
-"""The `lexel` command: sample, describe, reconstruct, published, verify, tokenize, evaluate, demo.
+"""The `lexel` command: sample, draw, describe, reconstruct, published, verify, tokenize, evaluate, matrix,
+demo.
 
 Exit codes: 0 done, 1 `verify` found something that does not fit, 2 the user's to mend (one sentence on
 stderr, never a traceback), 130 interrupted.
@@ -51,6 +52,14 @@ def _sentence(error: Exception) -> str:
 # Arguments
 
 
+def _part(text: str) -> tuple[int, int]:
+    """An argparse type: ``I/N`` with 0 <= I < N."""
+    part, _, parts = text.partition("/")
+    if not (part.isdigit() and parts.isdigit() and int(part) < int(parts)):
+        raise argparse.ArgumentTypeError(f"must be I/N with 0 <= I < N, as in 0/8, got {text}")
+    return int(part), int(parts)
+
+
 def _number(
     least: float, kind: Callable[[str], Any] = int, most: float | None = None
 ) -> Callable[[str], Any]:
@@ -76,6 +85,23 @@ def _counts(text: str) -> tuple[int, ...]:
     if not counts or min(counts) < 1:
         raise argparse.ArgumentTypeError(f"must be numbers from 1 like 1,4,16, got {text!r}")
     return counts
+
+
+def _labels(text: str) -> tuple[int, ...]:
+    """An argparse type: numbers from 0, separated by commas."""
+    labels = text.split(",")
+    if not all(label.isdigit() for label in labels):
+        raise argparse.ArgumentTypeError(f"must be numbers from 0 like 207,360, got {text!r}")
+    return tuple(map(int, labels))
+
+
+def _box(text: str) -> tuple[float, ...]:
+    """An argparse type: x0,y0,x1,y1."""
+    try:
+        x0, y0, x1, y1 = (float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be four numbers like 8,8,24,24, got {text!r}") from None
+    return x0, y0, x1, y1
 
 
 def _command(
@@ -172,6 +198,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     _add_drawing_commands(commands)
+    _add_draw(commands)
     _add_reconstruct(commands)
     _add_published_commands(commands)
     _add_data_commands(commands)
@@ -190,6 +217,21 @@ def _add_drawing_commands(commands: Any) -> None:
     sample.add_argument(
         "--stream", action="store_true", help="write the pictures while they are drawn, too, row by row"
     )
+    sample.add_argument(
+        "--inpaint", type=Path, metavar="PICTURE",
+        help="draw a part of this picture anew; the text says what the whole shall show ('': anything)",
+    )  # fmt: skip
+    part = sample.add_mutually_exclusive_group()
+    part.add_argument(
+        "--mask", type=_box, metavar="X0,Y0,X1,Y1",
+        help="of --inpaint: the part to draw, in pixels of the bundle's picture size",
+    )  # fmt: skip
+    part.add_argument(
+        "--keep",
+        type=_box,
+        metavar="X0,Y0,X1,Y1",
+        help="of --inpaint: the part to keep, around which to draw",
+    )
     for add in (_add_sampling, _add_acceptance, _add_detokenizer, _add_bundle, _add_dtype, _add_json):
         add(sample)
 
@@ -200,6 +242,48 @@ def _add_drawing_commands(commands: Any) -> None:
     describe.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE")
     for add in (_add_sampling, _add_bundle, _add_dtype, _add_json):
         add(describe)
+
+
+def _add_draw(commands: Any) -> None:
+    draw = _command(
+        commands, "draw", _draw, "draw classes or captions with a published model",
+        "lexel draw llamagen-gpt-c2i-b-256 --classes 207,360 --guidance 4 --top-k 2000 --out pictures",
+    )  # fmt: skip
+    draw.add_argument(
+        "model", metavar="NAME_OR_DIR", help="published name (`lexel published`) or model folder"
+    )
+    what = draw.add_mutually_exclusive_group(required=True)
+    what.add_argument("--classes", type=_labels, metavar="N,N,…", help="class labels from 0")
+    what.add_argument("--captions", nargs="+", metavar="TEXT", help="what to draw, in words")
+    draw.add_argument("--count", type=_number(1), default=1, help="how many pictures of each (default: 1)")
+    draw.add_argument("--out", type=Path, default=Path("samples"), metavar="DIR", help="default: samples")
+    files = {
+        "--checkpoint": ("FILE", "local file of the published name (default: the hub's)"),
+        "--config": ("JSON", "hyper-parameters that differ from the published ones"),
+        "--tokenizer-checkpoint": ("FILE", "local file of the published tokenizer (default: the hub's)"),
+        "--tokenizer-config": ("JSON", "its hyper-parameters that differ from the published ones"),
+        "--sampling": ("JSON", "fields of SamplingConfig, such as schedule and further; they come first"),
+    }
+    for option, (kind, help) in files.items():
+        draw.add_argument(option, type=Path, metavar=kind, help=help)
+    draw.add_argument(
+        "--tokenizer", metavar="NAME_OR_DIR", help="what draws the codes (default: the one they belong to)"
+    )
+    draw.add_argument(
+        "--caption-encoder", metavar="DIR", help="T5 folder or hub id (default: google/flan-t5-xl)"
+    )
+    draw.add_argument("--guidance", type=_number(0.0, float), default=1.0, help="1 is none (default: 1)")
+    draw.add_argument("--top-k", type=_number(0), default=0, help="most probable codes kept (default: all)")
+    draw.add_argument("--top-p", type=_number(0.0, float, 1.0), default=1.0, help="of them, by probability")
+    draw.add_argument("--temperature", type=_number(0.0, float), default=1.0, help="0 is greedy (default: 1)")
+    draw.add_argument("--seed", type=_number(0), default=0, help="repeats exactly (default: 0)")
+    draw.add_argument(
+        "--decoding", default="plain", metavar="NAME", help="plain, jacobi, pac, … (default: plain)"
+    )
+    draw.add_argument("--batch-size", type=_number(1), default=64, help="drawn side by side (default: 64)")
+    draw.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the model")
+    _add_device(draw)
+    _add_json(draw)
 
 
 def _add_reconstruct(commands: Any) -> None:
@@ -241,7 +325,7 @@ def _add_reconstruct(commands: Any) -> None:
 
 def _add_published_commands(commands: Any) -> None:
     published = _command(
-        commands, "published", _published, "list the published tokenizers that load by name",
+        commands, "published", _published, "list the published tokenizers and models that load by name",
         "lexel published --json",
     )  # fmt: skip
     _add_json(published)
@@ -289,6 +373,13 @@ def _add_data_commands(commands: Any) -> None:
     tokenize.add_argument("--batch-size", type=_number(1), default=64)
     tokenize.add_argument("--workers", type=_number(0), default=0, help="processes (default: this one)")
     tokenize.add_argument("--check", action="store_true", help="afterwards encode a sample again and compare")
+    tokenize.add_argument(
+        "--part",
+        type=_part,
+        default=(0, 1),
+        metavar="I/N",
+        help="write every N-th shard from the I-th on (from 0): N machines fill one folder",
+    )
 
     evaluate = _command(
         commands, "evaluate", _evaluate, "measure a bundle on held-out data",
@@ -307,12 +398,21 @@ def _add_data_commands(commands: Any) -> None:
         "--card", type=Path, metavar="FILE", help="write a model card with the figures there"
     )
 
+    matrix = _command(
+        commands, "matrix", _matrix, "measure every modality of a bundle against every other",
+        "lexel matrix --bundle outputs/any_to_any/bundle --count 64 --out outputs/any_to_any",
+    )  # fmt: skip
+    matrix.add_argument("--count", type=_number(2), default=64, help="held-out scenes (default: 64)")
+    matrix.add_argument("--pairs", nargs="+", metavar="PAIR", help="such as text_to_image (default: all)")
+    matrix.add_argument("--seed", type=_number(0), default=0, help="default: 0")
+    matrix.add_argument("--batch-size", type=_number(1), default=64)
+    matrix.add_argument("--out", type=Path, metavar="DIR", help="write matrix.json, .txt and .html there")
     demo = _command(
         commands, "demo", _demo, "open the browser demo (needs the extra: pip install 'lexel[demo]')",
         "lexel demo --port 7860",
     )  # fmt: skip
     demo.add_argument("--port", type=_number(1, int, 65535), default=7860, help="default: 7860")
-    for command in (evaluate, demo):
+    for command in (evaluate, matrix, demo):
         _add_bundle(command)
     _add_dtype(demo, "float32")
     _add_device(tokenize)
@@ -364,21 +464,18 @@ def _sample(arguments: argparse.Namespace) -> None:
     from lexel.document import Document, Image, Text
 
     pipe = _load(arguments)
-    document: Document = [Text(arguments.text), Image.blank()]
-    partials = pipe.stream(
-        document,
-        count=arguments.count,
-        seed=arguments.seed,
-        temperature=arguments.temperature,
-        guidance=arguments.guidance,
-        decoding=arguments.decoding,
-        acceptance=_acceptance(arguments),
-        detokenizer=arguments.detokenizer,
-        steps=arguments.steps,
-        batch_size=arguments.batch_size,
-    )
     paths = [arguments.out / f"{number:04d}.png" for number in range(arguments.count)]
-    output = _watched(partials, paths) if arguments.stream else partials.wait()
+    if arguments.inpaint is not None or arguments.mask or arguments.keep:
+        output = _completed(pipe, arguments)
+    else:
+        document: Document = [Text(arguments.text), Image.blank()]
+        partials = pipe.stream(
+            document,
+            decoding=arguments.decoding,
+            acceptance=_acceptance(arguments),
+            **_drawing_options(arguments),
+        )
+        output = _watched(partials, paths) if arguments.stream else partials.wait()
     for path, document in zip(paths, output.documents):
         _save_picture(document[-1].pixels, path)  # type: ignore[union-attr]
     stats = {
@@ -388,6 +485,103 @@ def _sample(arguments: argparse.Namespace) -> None:
     }
     values = {"text": arguments.text, "seed": arguments.seed, "pictures": [str(p) for p in paths], **stats}
     _show(arguments, values, "\n".join(str(path) for path in paths))
+
+
+def _drawing_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("count", "seed", "temperature", "guidance", "detokenizer", "steps", "batch_size")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def _completed(pipe: Pipeline, arguments: argparse.Namespace) -> GenerationOutput:
+    """The pictures of --inpaint. Raises LexelError for options that make no sense together."""
+    from lexel.sample.completion import cells_outside
+
+    box = arguments.mask or arguments.keep
+    if arguments.inpaint is None or box is None:
+        raise LexelError("--inpaint PICTURE and one of --mask and --keep belong together.")
+    if arguments.stream or arguments.acceptance != "exact":
+        raise LexelError("--inpaint draws without --stream and with --acceptance exact.")
+    keep = cells_outside(box, pipe.codec.layouts["image"], pipe.tokenizer.image_size)
+    return pipe.complete(
+        pipe.read_picture(arguments.inpaint),
+        ~keep if arguments.keep else keep,
+        caption=arguments.text or None,
+        decoding="plain" if arguments.decoding == "auto" else arguments.decoding,
+        **_drawing_options(arguments),
+    )
+
+
+def _draw(arguments: argparse.Namespace) -> None:
+    from lexel.hub import decode_config
+    from lexel.sample.bundle import read_json
+    from lexel.sample.conditional import draw
+    from lexel.sample.logits import SamplingConfig
+    from lexel.sample.strategies import make_drafter, strategies
+
+    settings = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p", "guidance")}
+    if arguments.sampling:
+        settings |= read_json(arguments.sampling)
+    device = _device(arguments.device)
+    lm, tokenizer = (network.to(device) for network in _conditional_model(arguments))
+    what = list(arguments.captions or arguments.classes)
+    conditions: list[Any] = what
+    if arguments.captions:
+        from lexel.models.caption_encoder import FLAN_T5_XL, CaptionEncoder
+
+        encoder = CaptionEncoder.from_pretrained(arguments.caption_encoder or FLAN_T5_XL)
+        conditions = encoder.to(device).encode(what)
+    codes = draw(
+        lm,
+        [condition for condition in conditions for _ in range(arguments.count)],
+        sampling=decode_config(SamplingConfig, settings),
+        seed=arguments.seed,
+        drafter=make_drafter(strategies(lm, {}), lm, arguments.decoding, None),
+        rows=arguments.batch_size,
+    )
+    paths = [arguments.out / f"{number:04d}.png" for number in range(len(codes))]
+    for number, path in enumerate(paths):
+        _save_picture(tokenizer.decode(codes[number : number + 1].to(device))[0].clamp(-1, 1).cpu(), path)
+    shown = [what[number // arguments.count] for number in range(len(paths))]
+    values = [{"picture": str(path), "of": one} for path, one in zip(paths, shown)]
+    _show(arguments, {"seed": arguments.seed, "pictures": values}, "\n".join(map(str, paths)))
+
+
+def _conditional_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The model to draw with and the tokenizer of its codes. Raises LexelError when they do not fit."""
+    import torch
+
+    from lexel.models import find_published, load_published
+    from lexel.models.raster_lm import RasterLM
+    from lexel.sample.bundle import load_tokenizer_of, read_json
+
+    config = read_json(arguments.config) if arguments.config else None
+    tokenizer_config = read_json(arguments.tokenizer_config) if arguments.tokenizer_config else {}
+    name = arguments.tokenizer
+    if Path(arguments.model).is_dir():
+        lm: Any = RasterLM.from_pretrained(arguments.model)
+    else:
+        lm = load_published(arguments.model, arguments.checkpoint, config)
+        row = find_published(arguments.model)[1]
+        if name is None:
+            name, tokenizer_config = row.tokenizer, {**row.tokenizer_arguments, **tokenizer_config}
+    if not isinstance(lm, RasterLM):
+        raise LexelError(f"{arguments.model} is no class- or caption-conditional model.")
+    given = "caption" if arguments.captions else "class"
+    if lm.config.condition != given:
+        raise LexelError(f"{arguments.model} draws from a {lm.config.condition} condition, not a {given}.")
+    if not name:
+        raise LexelError(f"--tokenizer: name the tokenizer whose codes {arguments.model} was trained on.")
+    tokenizer = load_tokenizer_of(
+        name,
+        checkpoint=arguments.tokenizer_checkpoint,
+        config=tokenizer_config or None,
+    )
+    if tuple(tokenizer.layout.codebook_sizes) != lm.config.codebook_sizes:
+        raise LexelError(
+            f"{arguments.model} draws codes of {lm.config.codebook_sizes}, {name} has "
+            f"{tuple(tokenizer.layout.codebook_sizes)}; use the tokenizer that it was trained with."
+        )
+    return lm.to(getattr(torch, arguments.dtype)), tokenizer
 
 
 def _watched(partials: Partials, paths: Sequence[Path]) -> GenerationOutput:
@@ -484,11 +678,14 @@ def data_config(name: str, size: tuple[int, int]) -> Any:
         from lexel.data.shapes import ShapesConfig
 
         return ShapesConfig(size=size[0])
+    from lexel.data import FolderConfig, ShardsConfig
+    from lexel.data.store import is_url
+
+    if is_url(name):
+        return ShardsConfig(root=name, size=size)
     folder = Path(name).expanduser()
     if not folder.is_dir():
         raise LexelError(f"data folder {name} does not exist; give a folder, or 'shapes'.")
-    from lexel.data import FolderConfig, ShardsConfig
-
     shards = next(folder.rglob("*.tar"), None) is not None
     return (ShardsConfig if shards else FolderConfig)(root=str(folder), size=size)
 
@@ -496,7 +693,7 @@ def data_config(name: str, size: tuple[int, int]) -> Any:
 def _tokenize(arguments: argparse.Namespace) -> None:
     from dataclasses import asdict, replace
 
-    from lexel.data.tokenized import check_codes, tokenize_dataset
+    from lexel.data.tokenized import check_codes, write_codes
     from lexel.sample.bundle import load_tokenizer_of
 
     tokenizer = load_tokenizer_of(arguments.tokenizer)
@@ -505,7 +702,7 @@ def _tokenize(arguments: argparse.Namespace) -> None:
         config = replace(config, validation_share=0.0)
     split = "train" if arguments.split == "all" else arguments.split
     dataset = config.build(split)
-    written = tokenize_dataset(
+    missing = write_codes(
         tokenizer,
         dataset,
         arguments.out,
@@ -514,10 +711,17 @@ def _tokenize(arguments: argparse.Namespace) -> None:
         device=_device(arguments.device),
         progress=sys.stderr.isatty(),
         source={"data": arguments.data, "split": split, **asdict(config)},
+        part=arguments.part,
     )
-    values: dict[str, Any] = {"folder": str(arguments.out), "pictures": len(written)}
-    text = f"{arguments.out}: codes of {len(written)} pictures"
-    if arguments.check:
+    values: dict[str, Any] = {
+        "folder": str(arguments.out),
+        "pictures": len(dataset),
+        "missing_shards": missing,
+    }
+    text = f"{arguments.out}: codes of {len(dataset)} pictures"
+    if missing:
+        text = f"{arguments.out}: this part is written; {missing} shards of other parts are still missing"
+    elif arguments.check:
         check = check_codes(arguments.out, tokenizer, dataset)
         values["check"] = {**asdict(check), "passed": check.passed}
         text += f"; {check.agreement:.1%} of {check.samples} pictures' codes agree, {check.psnr:.1f} dB"
@@ -555,13 +759,39 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     print(figures_table(report))
 
 
+def _matrix(arguments: argparse.Namespace) -> None:
+    from lexel.data.any_to_any import parse_pair
+    from lexel.evaluate.matrix import matrix_text, measure_matrix, write_matrix
+
+    pipe = _load(arguments)
+    if pipe.scenes is None:
+        raise LexelError("the matrix needs a bundle that was trained on procedural scenes (data=shapes).")
+    found = measure_matrix(
+        pipe,
+        pipe.scenes,
+        pairs=[parse_pair(pair) for pair in arguments.pairs] if arguments.pairs else None,
+        count=arguments.count,
+        seed=arguments.seed,
+        batch_size=arguments.batch_size,
+    )
+    if arguments.out is not None:
+        write_matrix(arguments.out, found, pipe)
+    print(matrix_text(found.report))
+
+
 def _published(arguments: argparse.Namespace) -> None:
     from dataclasses import asdict
 
-    from lexel.tokenizers import list_published, published_table
+    from lexel import models, tokenizers
 
-    rows = list_published()
-    _show(arguments, {"tokenizers": [asdict(row) for row in rows]}, published_table(rows))
+    found = {"tokenizers": tokenizers.list_published(), "models": models.list_published()}
+    tables = [
+        tokenizers.published_table(found["tokenizers"]),
+        models.published_table(found["models"]),
+    ]
+    _show(
+        arguments, {kind: [asdict(row) for row in rows] for kind, rows in found.items()}, "\n\n".join(tables)
+    )
 
 
 def _verify(arguments: argparse.Namespace) -> int:

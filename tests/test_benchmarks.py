@@ -306,3 +306,32 @@ def test_windows_compares_every_strategy_at_several_windows(
     assert all(row["mean_accepted"] >= 1 and row["ratio_to_plain"] > 0 for row in rows)
     assert "plain" in capsys.readouterr().out
     assert drawn.read_bytes().startswith(b"\x89PNG")
+
+
+def test_train_lm_compares_the_same_model_in_three_forms(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks import train_lm
+
+    found = tmp_path / "train.json"
+    train_lm.main(["--quick", "--threads", "1", "--json", str(found)])
+    rows = {row["form"]: row for row in json.loads(found.read_text())["rows"]}
+    assert rows.keys() == set(train_lm.FORMS)
+    assert rows["transformers"]["ratio_to_transformers"] == 1
+    assert all(row["mfu"] > 0 and row["peak_memory_mb"] > 0 for row in rows.values())
+    assert "tokens/s" in capsys.readouterr().out
+
+
+def test_train_lm_refuses_models_that_differ() -> None:
+    import argparse
+
+    from benchmarks.train_lm import Contest
+    from lexel.errors import LexelError
+
+    options = argparse.Namespace(model="debug", device="cpu", dtype="float32", batch=2, row=128, seed=0)
+    contest = Contest(options)
+    contest.check()
+    with torch.no_grad():
+        contest.lm.lm_head.weight.mul_(30)
+    with pytest.raises(LexelError, match="the models are not the same"):
+        contest.check()

@@ -19,7 +19,7 @@ from lexel import cli
 from lexel.cli import build_parser, main
 from lexel.data.images import to_image
 
-COMMANDS = ("sample", "describe", "reconstruct", "tokenize", "evaluate", "demo")
+COMMANDS = ("sample", "draw", "describe", "reconstruct", "tokenize", "evaluate", "demo")
 
 
 @pytest.fixture

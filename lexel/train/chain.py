@@ -14,12 +14,13 @@ from torch.utils.data import Dataset, Subset
 
 from lexel.data.example import Example
 from lexel.errors import LexelError
-from lexel.train.record import StageRecord, plain
+from lexel.train.record import Options, StageRecord, field_defaults, plain
 from lexel.train.settings import STAGES, Run
 
 if TYPE_CHECKING:
     from lexel.data.tokenized import TokenizedDataset
     from lexel.tokenizers.base import Tokenizer
+    from lexel.train.settings import StageSettings
 
 WEIGHTS = "model.safetensors"
 
@@ -27,13 +28,19 @@ WEIGHTS = "model.safetensors"
 def run_chain(run: Run) -> None:
     """Run the stages of ``run.task`` in chain order. Raises LexelError (or ValueError) on the user's
     mistakes."""
-    from lexel.train import stages
+    from lexel.train import curriculum, stages, start
 
     run.check()
     if run.threads is not None:
         torch.set_num_threads(run.threads)
     run.folder.mkdir(parents=True, exist_ok=True)
+    if run.bundle is not None:
+        start.begin(run)
     chain = Chain(run)
+    if "curriculum" in run.task.stages:
+        curriculum.check(chain)
+    if run.bundle is not None:
+        start.look(chain)
     for name in STAGES:
         if name in run.task.stages:
             getattr(stages, f"run_{name}")(chain)
@@ -91,25 +98,41 @@ class Chain:
     for."""
 
     run: Run
-    _sources: dict[str, Dataset[Example]] = field(default_factory=dict)
-    _tokenized: bool = False
+    _sources: dict[tuple[str, str], Dataset[Example]] = field(default_factory=dict)
+    _tokenized: set[str] = field(default_factory=set)
 
-    def source(self, split: str) -> Dataset[Example]:
+    def data_of(self, name: str = "data") -> Any:
+        """The config of a data source: the run's own ``data`` or one of its `sources`. LexelError for an
+        unknown name."""
+        if name == "data":
+            return self.run.data
+        if name not in self.run.sources:
+            known = ", ".join(("data", *self.run.sources))
+            raise LexelError(f"there is no data source {name!r}; the run has {known}: add sources.{name}.")
+        return self.run.sources[name]
+
+    def pictured(self, name: str = "data") -> bool:
+        """Whether a data source has pictures (plain text has not)."""
+        return hasattr(self.data_of(name), "image_size")
+
+    def source(self, split: str, name: str = "data") -> Dataset[Example]:
         """The examples of a split, built once."""
-        if split not in self._sources:
-            source = self.run.data.build(split)
+        if (name, split) not in self._sources:
+            source = self.data_of(name).build(split)
+            if not len(source):
+                raise LexelError(f"the data source {name!r} is empty: its {split} split has no example.")
             if hasattr(source, "problems") and is_leader():
                 source.problems.report()
             few = self.run.examples
             if split == "train" and few is not None and few < len(source):
                 source = Subset(source, range(few))
-            self._sources[split] = Remembering(source, self.run.memory_mb * 2**20)
-        return self._sources[split]
+            self._sources[name, split] = Remembering(source, self.run.memory_mb * 2**20)
+        return self._sources[name, split]
 
     @property
     def has_pictures(self) -> bool:
-        """Whether the data source has pictures (plain text has not)."""
-        return hasattr(self.run.data, "image_size")
+        """Whether the run's own data source has pictures."""
+        return self.pictured()
 
     @property
     def device(self) -> str:
@@ -117,15 +140,15 @@ class Chain:
         wants_cuda = self.run.trainer.accelerator in ("gpu", "cuda", "auto")
         return "cuda" if wants_cuda and torch.cuda.is_available() else "cpu"
 
-    def common_settings(self, name: str, **inputs: Any) -> dict[str, Any]:
-        """The settings that decide a stage's weights: its own block, the data, seed, processes and
-        `inputs`."""
+    def common_settings(self, name: str, stage: StageSettings | None = None, **inputs: Any) -> dict[str, Any]:
+        """The settings that decide a stage's weights: its own block (default: that of its name), the data,
+        seed, processes and `inputs`."""
         from lexel.train.settings import weight_settings
 
-        trainer = self.run.trainer
+        trainer, stage = self.run.trainer, stage or getattr(self.run.stages, name)
         return plain(
             {
-                "stage": weight_settings(getattr(self.run.stages, name)),
+                "stage": Options(plain(weight_settings(stage)), field_defaults(type(stage))),
                 "data": self.run.data,
                 "examples": self.run.examples,
                 "seed": self.run.seed,
@@ -196,48 +219,57 @@ class Chain:
         from lexel.tokenizers import from_pretrained
 
         tokenizer = from_pretrained(self.part_folder("tokenizer"))
-        if tuple(self.run.data.image_size) != tuple(tokenizer.image_size):
-            raise LexelError(
-                f"the data's pictures are {self.run.data.image_size}, the tokenizer's {tokenizer.image_size} "
-                "(height, width); set data.size to the tokenizer's."
-            )
+        if self.has_pictures:
+            self._check_size("data", tokenizer)
         return tokenizer.requires_grad_(False)
+
+    def _check_size(self, name: str, tokenizer: Tokenizer) -> None:
+        size = tuple(self.data_of(name).image_size)
+        if size != tuple(tokenizer.image_size):
+            where = "data.size" if name == "data" else f"sources.{name}.size"
+            raise LexelError(
+                f"the pictures of {name!r} are {size}, the tokenizer's {tuple(tokenizer.image_size)} "
+                f"(height, width); set {where} to the tokenizer's."
+            )
 
     @cached_property
     def fingerprint(self) -> str:
         """Of the tokenizer."""
         return self.tokenizer.fingerprint()
 
-    def codes_settings(self) -> dict[str, Any]:
-        """What decides the codes."""
+    def codes_settings(self, name: str = "data") -> dict[str, Any]:
+        """What decides the codes of a data source."""
         codes = self.run.codes
-        if codes.folder is not None:
+        if name == "data" and codes.folder is not None:
             return {"tokenizer": self.fingerprint, "folder": codes.folder}
         return plain(
             {
                 "tokenizer": self.fingerprint,
-                "data": self.run.data,
+                "data": self.data_of(name),
                 "examples": self.run.examples,
                 "count": codes.count,
                 "validation_count": codes.validation_count,
             }
         )
 
-    def tokenize(self) -> None:
-        """The stage that writes both splits' codes to ``codes/``, once per run, unless they are given."""
+    def tokenize(self, name: str = "data") -> None:
+        """The stage that writes both splits' codes to ``codes/`` (``codes_<name>/`` for one of the run's
+        `sources`), once per run, unless they are given."""
         from lexel.data.tokenized import tokenize_dataset
 
         codes = self.run.codes
-        if self._tokenized or codes.folder is not None:
+        if name in self._tokenized or (name == "data" and codes.folder is not None):
             return
-        self._tokenized = True
+        self._tokenized.add(name)
+        self._check_size(name, self.tokenizer)
+        title = codes_folder(name)
 
         def work(folder: Path) -> dict[str, Any]:
             start = time.perf_counter()
             for split, count in (("train", codes.count), ("validation", codes.validation_count)):
-                source = self.source(split)
+                source = self.source(split, name)
                 total = len(source)  # type: ignore[arg-type]
-                say(f"codes: tokenizing {min(count or total, total)} {split} pictures")
+                say(f"{title}: tokenizing {min(count or total, total)} {split} pictures")
                 tokenize_dataset(
                     self.tokenizer,
                     source if count is None else Subset(source, range(min(count, total))),
@@ -248,11 +280,19 @@ class Chain:
                 )
             return {"seconds": time.perf_counter() - start}
 
-        self.stage("codes", self.codes_settings(), work, together=False, keep_previous=False)
+        self.stage(title, self.codes_settings(name), work, together=False, keep_previous=False)
 
-    def codes(self, split: str) -> TokenizedDataset:
+    def codes(self, split: str, name: str = "data") -> TokenizedDataset:
         """The stored codes of a split (after `tokenize`). LexelError when they are another tokenizer's."""
+        from lexel.data.store import join
         from lexel.data.tokenized import TokenizedDataset
 
-        folder = self.run.folder / "codes" if self.run.codes.folder is None else Path(self.run.codes.folder)
-        return TokenizedDataset(folder / split, self.fingerprint)
+        folder: Any = self.run.folder / codes_folder(name)
+        if name == "data" and self.run.codes.folder is not None:
+            folder = self.run.codes.folder
+        return TokenizedDataset(join(folder, split), self.fingerprint)
+
+
+def codes_folder(name: str) -> str:
+    """Where the codes of a data source lie in the run's folder."""
+    return "codes" if name == "data" else f"codes_{name}"

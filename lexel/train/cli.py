@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lexel.errors import LexelError
-from lexel.train.settings import Run
+from lexel.train.settings import LMStage, Run
 
 USER_ERRORS = (LexelError, ValueError, OSError, HydraException, OmegaConfBaseException)
 """What a wrong input raises: printed as one sentence, exit code 2."""
@@ -29,6 +29,8 @@ _WANTS_TRACEBACKS = bool(os.environ.get(FULL_ERROR))
 NEEDED = {
     "tokenizer": ("data", "tokenizer", "objective"),
     "lm": ("data", "lm", "objective"),
+    "curriculum": ("data", "lm", "objective"),
+    "self_assess": ("data", "objective"),
     "detokenizer": ("data", "detokenizer"),
     "drafter": ("data", "drafter", "objective"),
     "evaluate": ("data",),
@@ -41,7 +43,8 @@ ConfigStore.instance().store(name="schema", node=Run)
 def resolve(cfg: DictConfig) -> Run:
     """The composed configuration as plain objects: settings as their dataclasses, every needed group's
     `_target_` instantiated. Raises ValueError or LexelError, naming the key, on what makes no sense."""
-    settings = ("task", "stages", "parts", "codes", "evaluation", "trainer", "logger")
+    settings = ["task", "stages", "parts", "curriculum", "codes", "evaluation", "any_to_any"]
+    settings += ["trainer", "logger"]
     objects: dict[str, Any] = {name: OmegaConf.to_object(cfg[name]) for name in settings}
     run = Run(
         output=cfg.output,
@@ -49,15 +52,36 @@ def resolve(cfg: DictConfig) -> Run:
         threads=cfg.threads,
         examples=cfg.examples,
         memory_mb=cfg.memory_mb,
+        bundle=cfg.bundle,
         **objects,
     )
     run.check()
     for name in {group: None for stage in run.task.stages for group in NEEDED[stage]}:
         setattr(run, name, _instantiate(cfg[name], name))
-    for name in set(run.task.stages) - {"evaluate"}:
-        stage = getattr(run.stages, name)
-        stage.optimizer = _instantiate(stage.optimizer, f"stages.{name}.optimizer")
+    if {"lm", "curriculum", "self_assess", "drafter"} & set(run.task.stages):
+        run.sources = {name: _instantiate(node, f"sources.{name}") for name, node in cfg.sources.items()}
+    if "curriculum" in run.task.stages:
+        run.curriculum.stages = {name: _lm_stage(cfg, name) for name in cfg.curriculum.stages}
+    for name in run.task.stages:
+        if hasattr(run.stages, name):
+            stage = getattr(run.stages, name)
+            stage.optimizer = _instantiate(stage.optimizer, f"stages.{name}.optimizer")
     return run
+
+
+def _lm_stage(cfg: DictConfig, name: str) -> LMStage:
+    """One stage of a curriculum: ``stages.lm``, then its own settings, then those of every stage."""
+    settings, where = cfg.curriculum, f"curriculum.stages.{name}"
+    layers = (cfg.stages.lm, settings.stages[name] or {}, settings.every)
+    try:
+        plain = [OmegaConf.to_container(cfg.stages.lm, resolve=True)]
+        plain += [OmegaConf.to_container(OmegaConf.create(layer), resolve=True) for layer in layers[1:]]
+        stage: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(LMStage), *plain))
+    except OmegaConfBaseException as error:
+        raise LexelError(f"{where}: {sentence(error)}") from error
+    stage.check(where)
+    stage.optimizer = _instantiate(stage.optimizer, f"{where}.optimizer")
+    return stage
 
 
 def _instantiate(node: Any, name: str) -> Any:

@@ -42,7 +42,7 @@ def _settings(chain: Chain) -> dict[str, Any]:
 
     parts = {"tokenizer": chain.fingerprint, "lm": load_lm(chain.part_folder("lm")).fingerprint()}
     parts |= {name: load_part(chain, name).fingerprint() for name in OPTIONAL if chain.has_part(name)}
-    evaluation = asdict(chain.run.evaluation)
+    evaluation = {**asdict(chain.run.evaluation), "any_to_any": asdict(chain.run.any_to_any)}
     return plain(
         {"parts": parts, "data": chain.run.data, "evaluation": evaluation, "sampling": sampling_of(chain)}
     )
@@ -71,6 +71,10 @@ def _finish(chain: Chain, folder: Path) -> dict[str, Any]:
         batch_size=evaluation.batch_size,
         progress=True,
     )
+    if chain.run.any_to_any.modalities and chain.run.any_to_any.count:
+        from lexel.train import any_to_any
+
+        any_to_any.report(chain, pipeline)
     report["seconds"] = {**training_seconds(output), **report.get("seconds", {})}
     assemble(chain).save_pretrained(folder, dtype=dtype, card=model_card(pipeline, report, notes(chain)))
     write_report(output, pipeline, chain.run.data, report)
@@ -83,6 +87,7 @@ def assemble(chain: Chain) -> Pipeline:
     from lexel.data.shapes import ShapesConfig
     from lexel.sample.bundle import TRAINED_ON_FILE
     from lexel.sample.pipeline import Pipeline
+    from lexel.train import any_to_any
     from lexel.train.codec import load_codec
     from lexel.train.stages import load_lm, sampling_of
 
@@ -93,10 +98,24 @@ def assemble(chain: Chain) -> Pipeline:
         load_lm(folder),
         load_codec(folder),
         **{name: load_part(chain, name) for name in OPTIONAL if chain.has_part(name)},
+        **any_to_any.parts(chain),
         sampling=sampling_of(chain),
         scenes=chain.run.data if isinstance(chain.run.data, ShapesConfig) else None,
         tokenizer_fingerprint=trained_on.get("tokenizer"),
     )
+
+
+def write_bundle(chain: Chain, lm: Path, folder: Path) -> None:
+    """Write the bundle of a language model's folder with the run's tokenizer, and its detokenizer if it has
+    one."""
+    from lexel.sample.pipeline import Pipeline
+    from lexel.train.codec import load_codec
+    from lexel.train.stages import load_lm, sampling_of
+
+    parts = {"detokenizer": load_part(chain, "detokenizer")} if chain.has_part("detokenizer") else {}
+    Pipeline(
+        chain.tokenizer, load_lm(lm), load_codec(lm), sampling=sampling_of(chain), **parts
+    ).save_pretrained(folder)
 
 
 def load_part(chain: Chain, name: str) -> Any:

@@ -11,11 +11,15 @@ from typing import Any
 import lightning.pytorch as lightning
 
 from lexel.errors import LexelError
+from lexel.sample.bundle import write_json
 from lexel.train.batches import Batches
 from lexel.train.callbacks import EMA, AtomicCheckpoint, MetricsFile, Progress, SamplePictures, Throughput
 from lexel.train.callbacks.checkpoint import last_checkpoint
-from lexel.train.module import StageModule
+from lexel.train.module import NotFinite, StageModule
 from lexel.train.settings import LoggerSettings, TrainerSettings
+
+NAMED = 8
+"""Examples of a bad batch that the message names; all are in `not_finite.json`."""
 
 _NOT_NEWS = (
     ".*does not have many workers.*",
@@ -42,7 +46,8 @@ def fit(
     """Train `module` to its last step; continue from ``folder/checkpoints/last.ckpt`` if there is one.
 
     Writes `checkpoints/`, `metrics.csv` and `samples/` under `folder`. LexelError when a checkpoint cannot be
-    written or read.
+    written or read, and when the loss or the weights become NaN or infinite: the last good checkpoint stays,
+    and `not_finite.json` names the examples of the batch.
     """
     stage = module.stage
     checkpoints = folder / "checkpoints"
@@ -64,6 +69,8 @@ def fit(
             warnings.filterwarnings("ignore", message)
         try:
             built.fit(module, batches, ckpt_path=_checked(last_checkpoint(checkpoints)), weights_only=True)
+        except NotFinite as error:
+            raise LexelError(_explained(title, error, folder)) from error
         except SystemExit:
             if built.interrupted:  # Lightning turns the interruption into a silent exit
                 raise KeyboardInterrupt from None
@@ -106,6 +113,19 @@ def build_trainer(
             # FSDP2 keeps the buffers that it gathers weights into, and they must stay usable.
             inference_mode=False,
         )
+
+
+def _explained(title: str, error: NotFinite, folder: Path) -> str:
+    """The error in one sentence, with the examples of the batch and what is left of the training."""
+    from lightning.pytorch.utilities import rank_zero_only
+
+    checkpoint = last_checkpoint(folder / "checkpoints")
+    if error.names and getattr(rank_zero_only, "rank", 0) == 0:
+        write_json(folder / "not_finite.json", {"error": str(error), "examples": error.names})
+    named = ", ".join(error.names[:NAMED]) + (" …" if len(error.names) > NAMED else "")
+    batch = f" (a batch of {len(error.names)} examples: {named})" if error.names else ""
+    kept = f"the checkpoint before it is kept in {checkpoint}" if checkpoint else "there is no checkpoint yet"
+    return f"{title}: {error}{batch}; {kept}. Look at these examples, or lower the learning rate."
 
 
 def _strategy(settings: TrainerSettings, idle: bool) -> Any:

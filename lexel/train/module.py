@@ -19,11 +19,21 @@ from torch import Tensor, nn
 
 from lexel.data.sampler import mix_seed
 from lexel.errors import LexelError
+from lexel.train.blocks import compile_blocks, recompute
 from lexel.train.callbacks.metrics_file import MetricsFile
+from lexel.train.processes import anywhere, gathered, several
 from lexel.train.settings import StageSettings
 from lexel.train.sharding import shard, whole
 
 Metrics = Mapping[str, "Tensor | float"]
+
+
+class NotFinite(LexelError):
+    """A loss or a weight became NaN or infinite. names: the examples of the batch that did it, if known."""
+
+    def __init__(self, sentence: str, names: Sequence[str]) -> None:
+        super().__init__(sentence)
+        self.names = list(names)
 
 
 class StageModule(lightning.LightningModule, ABC):
@@ -98,9 +108,27 @@ class StageModule(lightning.LightningModule, ABC):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss of one batch; Lightning's automatic optimisation does the rest."""
         loss, metrics = self.compute(self.network, batch)
+        self.check_loss(loss)
         self.consumed += 1
         self.collect({"loss": loss.detach(), **metrics})
         return loss
+
+    def check_loss(self, loss: Tensor) -> None:
+        """Raise NotFinite when the loss is NaN or infinite in any process, before it reaches the weights.
+        (Reads the value back from the device, once per batch.)"""
+        bad = not bool(torch.isfinite(loss.detach()).all())
+        if not anywhere(bad, self.device):
+            return
+        own = self.trainer.datamodule.names(self.consumed) if bad else []  # type: ignore[attr-defined]
+        names = [name for part in gathered(own) for name in part]
+        raise NotFinite(f"the loss is not finite at step {self.step + 1}", names)
+
+    def check_weights(self) -> None:
+        """Raise NotFinite when a weight is NaN or infinite in any process."""
+        values = (getattr(p, "to_local", lambda p=p: p)() for p in self.network.parameters())
+        bad = any(not bool(torch.isfinite(value.detach()).all()) for value in values)
+        if anywhere(bad, self.device):
+            raise NotFinite(f"the weights are not finite after step {self.step}", [])
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop after the last step."""
@@ -113,10 +141,12 @@ class StageModule(lightning.LightningModule, ABC):
         """The same noise in every validation; the next training batch seeds anew."""
         torch.manual_seed(mix_seed(self.seed, -1, batch_idx, self.global_rank))
 
-    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        """Metrics of one validation batch."""
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Metrics of one validation batch; its loss also under its source's name where there are several."""
         loss, metrics = self.compute(self.exported, batch)
-        self._validation.append({"loss": loss, **metrics})
+        sources = self.trainer.datamodule.sources  # type: ignore[attr-defined]
+        own = {f"{sources[dataloader_idx]}/loss": loss} if sources else {}
+        self._validation.append({"loss": loss, **own, **metrics})
         return {}
 
     def on_validation_epoch_end(self) -> None:
@@ -152,12 +182,17 @@ class StageModule(lightning.LightningModule, ABC):
                 values.setdefault(key, []).append(
                     torch.as_tensor(value, dtype=torch.float32, device=self.device)
                 )
-        keys = sorted(values)
+        # A process may have met no token of a kind that another one has.
+        keys = sorted({key for part in gathered(list(values)) for key in part})
         if not keys:
             return {}
-        means = torch.stack([torch.stack(values[key]).nanmean() for key in keys])
-        if self.trainer.world_size > 1:
-            means = self.trainer.strategy.reduce(means, reduce_op="mean")
+        nothing = [torch.tensor(float("nan"), device=self.device)]
+        means = torch.stack([torch.stack(values.get(key, nothing)).nanmean() for key in keys])
+        if several():
+            known = ~means.isnan()
+            sums = torch.stack([means.nan_to_num(), known.float()])
+            total, count = self.trainer.strategy.reduce(sums, reduce_op="sum")
+            means = total / count
         return {key: float(mean) for key, mean in zip(keys, means, strict=True) if not torch.isnan(mean)}
 
     # Optimizers
@@ -190,17 +225,26 @@ class StageModule(lightning.LightningModule, ABC):
         self.seconds = checkpoint["lexel"]["seconds"]
 
     def configure_model(self) -> None:
-        """With FSDP2: shard every block of every repeated stack, then the rest (called by Lightning)."""
+        """Called by Lightning: blocks that are recomputed or compiled; with FSDP2, shard every block of every
+        repeated stack, then the rest."""
+        if self.stage.recompute:
+            recompute(self.network)
+        if self.stage.compile:
+            compile_blocks(self.network)
         mesh = self.device_mesh
         if mesh is not None:
             for module in (self.network, *self.frozen()):
-                shard(module, mesh["data_parallel"])
+                shard(module, mesh["data_parallel"], half=self.stage.precision == "bf16-mixed")
 
     def export(self, folder: Path) -> None:
         """Save the exported network to `folder` (all processes call this together, the first one writes)."""
-        network = whole(self.exported)
+        network: Any = self.plain(whole(self.exported))
         if self.trainer.is_global_zero:
             network.save_pretrained(folder)
+
+    def plain(self, network: nn.Module) -> nn.Module:
+        """The network as it is saved."""
+        return network
 
 
 def freeze(network: nn.Module, names: Sequence[str]) -> tuple[nn.Module, ...]:

@@ -1,7 +1,8 @@
 """Which stages are finished, which can continue, and why one starts over.
 
 A stage folder holds `settings.json` (written when training starts) and `done.json` (written last). Both carry
-the resolved settings and the fingerprints of what the stage was fed; equal ones mean equal weights.
+the resolved settings and the fingerprints of what the stage was fed; equal ones mean equal weights. An option
+that an older record lacks counts as its default.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -25,18 +27,49 @@ DONE_FILE = "done.json"
 _MISSING = "(not set)"
 
 
+class Options(dict[str, Any]):
+    """JSON data of something with options, and what each option is unless told otherwise (`defaults`)."""
+
+    def __init__(self, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self.defaults = dict(defaults)
+
+
 def plain(value: Any) -> Any:
-    """`value` as JSON data: dataclasses become dicts that name their class, partials name their function."""
+    """`value` as JSON data: dataclasses become `Options` that name their class, partials name their
+    function."""
+    if isinstance(value, Options):
+        return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"class": type(value).__name__, **fields}
+        return Options({"class": type(value).__name__, **fields}, field_defaults(type(value)))
     if isinstance(value, functools.partial):
-        return {"call": f"{value.func.__module__}.{value.func.__qualname__}", **plain(value.keywords)}
+        call = f"{value.func.__module__}.{value.func.__qualname__}"
+        return Options({"call": call, **plain(value.keywords)}, argument_defaults(value.func))
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
+
+
+def field_defaults(cls: type) -> dict[str, Any]:
+    """The defaults of a dataclass's fields, as JSON data."""
+    found = {}
+    for field in dataclasses.fields(cls):
+        if field.default is not dataclasses.MISSING:
+            found[field.name] = plain(field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            found[field.name] = plain(field.default_factory())
+    return found
+
+
+def argument_defaults(function: Any) -> dict[str, Any]:
+    """The defaults of a function's (or a class's) arguments, as JSON data."""
+    if dataclasses.is_dataclass(function):
+        return field_defaults(function)  # type: ignore[arg-type]
+    arguments = inspect.signature(function).parameters.values()
+    return {a.name: plain(a.default) for a in arguments if a.default is not inspect.Parameter.empty}
 
 
 def digest(settings: Mapping[str, Any]) -> str:
@@ -47,9 +80,12 @@ def digest(settings: Mapping[str, Any]) -> str:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """One phrase ``name: old → new`` per setting that differs."""
     found = []
+    defaults = new.defaults if isinstance(new, Options) else {}
     for key in sorted({*old, *new}):
-        before, after = old.get(key, _MISSING), new.get(key, _MISSING)
+        before, after = old.get(key, defaults.get(key, _MISSING)), new.get(key, _MISSING)
         if isinstance(before, dict) and isinstance(after, dict):
+            if isinstance(defaults.get(key), dict) and not isinstance(after, Options):
+                after = Options(after, defaults[key])
             found += differences(before, after, f"{prefix}{key}.")
         elif before != after:
             found.append(f"{prefix}{key}: {before} → {after}")
@@ -72,17 +108,23 @@ class StageRecord:
     def finished(self) -> dict[str, Any] | None:
         """`done.json` if the stage finished with these very settings, else None."""
         done = read_json(self.folder / DONE_FILE)
-        return done if done is not None and done.get("hash") == self.digest else None
+        return done if done is not None and self._fits(done) else None
 
     def resumable(self) -> bool:
         """Whether an unfinished run with these very settings was begun here."""
         begun = read_json(self.folder / SETTINGS_FILE)
-        return begun is not None and begun.get("hash") == self.digest
+        return begun is not None and self._fits(begun)
+
+    def _fits(self, content: Mapping[str, Any]) -> bool:
+        """Whether a record was written with these settings, its missing options taken at their defaults."""
+        if content.get("hash") == self.digest:
+            return True
+        return "settings" in content and not differences(content["settings"], self.settings)
 
     def reason(self) -> str | None:
         """Why the folder's contents cannot be used, or None when nothing was there (or it fits)."""
         old = read_json(self.folder / DONE_FILE) or read_json(self.folder / SETTINGS_FILE)
-        if old is None or old.get("hash") == self.digest:
+        if old is None or self._fits(old):
             return None
         changed = differences(old.get("settings", {}), self.settings)
         more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""

@@ -12,12 +12,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-STAGES = ("tokenizer", "lm", "detokenizer", "drafter", "evaluate")
+STAGES = ("tokenizer", "lm", "curriculum", "self_assess", "detokenizer", "drafter", "evaluate")
 """Every stage a task may name, in the order they run."""
 
 PRECISIONS = ("32-true", "bf16-mixed")
 
-MIXTURE = {"text_to_image": 1.0, "image_to_text": 1.0, "text": 0.0, "image": 0.0}
+MIXTURE = {
+    "text_to_image": 1.0,
+    "image_to_text": 1.0,
+    "text": 0.0,
+    "image": 0.0,
+    "denoise": 0.0,
+    "infill": 0.0,
+}
 """How often each kind of document is drawn, unless told otherwise."""
 
 FREE = frozenset(
@@ -29,6 +36,7 @@ FREE = frozenset(
         "checkpoint_every",
         "log_every",
         "workers",
+        "recompute",
     }
 )
 """Settings of a stage that change what is reported or how fast, never the weights: a finished stage is reused
@@ -45,7 +53,8 @@ class StageSettings:
     ``parameters, lr -> Optimizer``. clip: largest gradient norm (0: off). precision: ``32-true`` or
     ``bf16-mixed``. ema: decay of the averaged weights that are exported (0: export the last weights).
     init: folder or hub id of weights to start from. *_every: intervals in optimizer steps (0: never).
-    workers: data loading processes.
+    workers: data loading processes. recompute: activation checkpointing, less memory for a third more
+    arithmetic; compile: `torch.compile` of each block.
     """
 
     steps: int = 1000
@@ -67,6 +76,8 @@ class StageSettings:
     checkpoint_every: int = 200
     log_every: int = 10
     workers: int = 0
+    recompute: bool = False
+    compile: bool = False
 
     def check(self, name: str) -> None:
         """Raise ValueError naming ``stages.<name>.<field>`` when a number makes no sense."""
@@ -103,14 +114,78 @@ class TokenizerStage(StageSettings):
 
 
 @dataclass
+class Share:
+    """How one source of documents takes part in a language model's stage. source: which of the run's data
+    sources it is read from (null: the one of its own name); weight: relative; mixture, drop: as in `LMStage`;
+    pictures: so many captioned pictures make one document, in turn, with the loss on all of it (1: `mixture`
+    decides); supervise: loss on the ``last`` segment of a document or on ``all``; modality: what the codes of
+    its pictures are called in the vocabulary."""
+
+    source: str | None = None
+    weight: float = 1.0
+    mixture: dict[str, float] = field(default_factory=lambda: dict(MIXTURE))
+    drop: float = 0.1
+    pictures: int = 1
+    supervise: str = "last"
+    modality: str = "image"
+
+    @classmethod
+    def read(cls, name: str, values: Any) -> Share:
+        """The share that a configuration's plain `values` describe. ValueError for an unknown option."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        if unknown := [key for key in values or {} if key not in known]:
+            raise ValueError(f"sources.{name} has no option {unknown[0]!r}; it has {', '.join(known)}.")
+        return cls(**(values or {}))
+
+    def check(self, name: str) -> None:
+        """Raise ValueError naming ``sources.<name>.<field>`` when a value makes no sense."""
+        if not isinstance(self.weight, int | float):
+            raise ValueError(f"sources.{name}.weight must be a number, got {self.weight!r}.")
+        if self.pictures < 1:
+            raise ValueError(f"sources.{name}.pictures must be at least 1, got {self.pictures}.")
+        if self.supervise not in ("last", "all"):
+            raise ValueError(f"sources.{name}.supervise must be last or all, got {self.supervise!r}.")
+
+
+@dataclass
+class AdapterSettings:
+    """Low-rank weights that learn in place of the network's own (`lexel.train.adapters`). kind: ``none``,
+    ``lora`` or ``slide_lora``; r: rank; alpha: the sum is scaled by alpha / r; dropout: of their input;
+    targets: endings of the names of the layers that have them (none: every linear layer of the blocks, for
+    ``slide_lora`` the attention's projections)."""
+
+    kind: str = "none"
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=list)
+
+    def check(self, name: str) -> None:
+        """Raise ValueError naming ``stages.<name>.adapter.<field>`` when a value makes no sense."""
+        if self.kind not in ("none", "lora", "slide_lora"):
+            raise ValueError(f"stages.{name}.adapter.kind is none, lora or slide_lora, got {self.kind!r}.")
+        if self.r < 1 or not self.alpha > 0:
+            raise ValueError(
+                f"stages.{name}.adapter needs r >= 1 and alpha > 0, got {self.r} and {self.alpha}."
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"stages.{name}.adapter.dropout lies in [0, 1), got {self.dropout}.")
+
+
+@dataclass
 class LMStage(StageSettings):
     """mixture: weights of the kinds of documents (`lexel.data.documents.Mixture`); drop: share of captions
-    dropped for guidance; row_length: documents are packed into rows of this many tokens (0: one document per
-    row, padded); text_vocabulary: ids of the byte-level BPE trained on the captions; text_tokenizer: a folder
-    or hub id of a ready one instead; pattern: order of several codebooks in the sequence (null: the
+    dropped for guidance; row_length: documents are packed into rows of this many tokens (0: one document
+    per row, padded); text_vocabulary: ids of the byte-level BPE trained on the captions; text_tokenizer: a
+    folder or hub id of a ready one instead; pattern: order of several codebooks in the sequence (null: the
     tokenizer's own); row_end: a token after each row of the picture; narrow: probability that a step trains
     a nested narrower network instead of the full one; captions_for_vocabulary: how many captions the BPE is
-    trained on; frozen: modules and parameters that do not learn (``[model]``: only the heads do)."""
+    trained on; frozen: modules and parameters that do not learn (``[model]``: only the heads do);
+    trainable: groups or patterns of parameters that learn, all others rest (none: all of them; the groups are
+    in `lexel.train.adapters`); adapter: LoRA and the rows of added ids learn, beside `trainable`; sources:
+    which sources the documents come from, by name (``data`` is the run's `data`, the others are in its
+    `sources`), instead of `data` alone with `mixture` and `drop`; bundle: a bundle whose language model,
+    vocabulary and text tokenizer the stage starts from (`init` takes weights only)."""
 
     mixture: dict[str, float] = field(default_factory=lambda: dict(MIXTURE))
     drop: float = 0.1
@@ -122,6 +197,56 @@ class LMStage(StageSettings):
     row_end: bool = False
     narrow: float = 0.0
     frozen: list[str] = field(default_factory=list)
+    trainable: list[str] = field(default_factory=list)
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)
+    sources: dict[str, Any] = field(default_factory=dict)
+    bundle: str | None = None
+
+    def __post_init__(self) -> None:
+        # Typed here and not in the schema, where Hydra could not add one on the command line.
+        shares = {n: s if isinstance(s, Share) else Share.read(n, s) for n, s in self.sources.items()}
+        self.sources = shares
+
+    @property
+    def partial(self) -> bool:
+        """Whether the network is trained through weights that it is not exported with."""
+        return self.adapter.kind != "none" or "new_rows" in self.trainable
+
+    def check(self, name: str) -> None:
+        """See `StageSettings.check`."""
+        super().check(name)
+        self.adapter.check(name)
+        if self.narrow and self.adapter.kind != "none":
+            raise ValueError(
+                f"stages.{name}.narrow trains slices of plain weights; set it to 0 with an adapter."
+            )
+        for source, share in self.sources.items():
+            share.check(source)
+
+
+@dataclass
+class SelfAssessStage(LMStage):
+    """Rounds in which the model draws, an evaluator judges and the verdicts join the training data. rounds:
+    how many, each of `steps` steps; captions: pictures drawn in a round; temperature: that they are drawn at;
+    share: of the documents that are verdicts, the others are those of `mixture` or `sources`; held_out:
+    captions that a round is measured on."""
+
+    rounds: int = 1
+    captions: int = 2048
+    temperature: float = 1.0
+    share: float = 0.5
+    held_out: int = 128
+
+    def check(self, name: str) -> None:
+        """See `StageSettings.check`."""
+        super().check(name)
+        for key in ("rounds", "captions", "held_out"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"stages.{name}.{key} must be at least 1, got {getattr(self, key)}.")
+        if not 0 < self.share < 1:
+            raise ValueError(f"stages.{name}.share lies between 0 and 1, got {self.share}.")
+        if not self.temperature > 0:
+            raise ValueError(f"stages.{name}.temperature must be positive, got {self.temperature}.")
 
 
 @dataclass
@@ -161,6 +286,7 @@ class Stages:
 
     tokenizer: TokenizerStage = field(default_factory=TokenizerStage)
     lm: LMStage = field(default_factory=LMStage)
+    self_assess: SelfAssessStage = field(default_factory=SelfAssessStage)
     detokenizer: DetokenizerStage = field(default_factory=DetokenizerStage)
     drafter: DrafterStage = field(default_factory=DrafterStage)
 
@@ -191,9 +317,10 @@ class Task:
 
 @dataclass
 class Codes:
-    """folder: codes that `lexel tokenize` wrote, with `train` and `validation` inside (null: the run
-    tokenizes its data itself). count: how many training pictures to tokenize (null: all); validation_count:
-    the same for the validation split; workers, batch_size: of `tokenize_dataset`."""
+    """folder: codes that `lexel tokenize` wrote, with `train` and `validation` inside, a local folder or a
+    URL of an object store (null: the run tokenizes its data itself). count: how many training pictures to
+    tokenize (null: all); validation_count: the same for the validation split; workers, batch_size: of
+    `tokenize_dataset`."""
 
     folder: str | None = None
     count: int | None = None
@@ -209,7 +336,7 @@ class Evaluation:
 
     prompts: int = 128
     batch_size: int = 64
-    sampling: dict[str, dict[str, float]] = field(default_factory=dict)
+    sampling: dict[str, dict[str, Any]] = field(default_factory=dict)
     dtype: str = "float32"
 
 
@@ -247,11 +374,44 @@ class LoggerSettings:
 
 
 @dataclass
+class Curriculum:
+    """Language model stages one after the other. order: their names; stages: the settings of each (those of
+    an `LMStage`) where they differ from ``stages.lm``; every: settings that hold in all of them. A stage
+    starts from the bundle that the one before it ends in (the first from the run's `bundle`, or a new
+    network), or from `bundle`: an earlier stage's name, a folder or a hub id."""
+
+    order: list[str] = field(default_factory=list)
+    stages: dict[str, Any] = field(default_factory=dict)
+    every: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class AnyToAny:
+    """Further modalities of the procedural scenes (`lexel.data.modalities`), for a model from any to any.
+
+    modalities: besides the caption and the picture (none: the usual chain): the views segmentation, edges,
+    depth, which get a tokenizer each, and boxes, palette, metadata, layers. segments: how likely documents of
+    2, 3, … segments are. bins: steps of a box's coordinates. specialists: pairs such as ``text_to_image`` (or
+    ``all``) for each of which a language model is trained alone, with the same settings. pairs: the language
+    model itself sees these pairs only (none: random splits). count: held-out scenes of each figure of the
+    report's matrix (0: no matrix)."""
+
+    modalities: list[str] = field(default_factory=list)
+    segments: list[float] = field(default_factory=lambda: [0.5, 0.3, 0.2])
+    bins: int = 1000
+    specialists: list[str] = field(default_factory=list)
+    pairs: list[str] = field(default_factory=list)
+    count: int = 64
+
+
+@dataclass
 class Run:
     """Everything one ``lexel-train`` call is told. data, tokenizer, lm, detokenizer, drafter and objective
     hold the instantiated configs of their groups. examples: use only the first so many training pictures
     (null: all of them), for debugging. memory_mb: pictures kept in memory once they are drawn or read, in
-    each process that loads data (0: none)."""
+    each process that loads data (0: none). bundle: what to start from, a folder, a hub id or ``shipped``:
+    the parts that the task trains go on from those of the bundle, the others are taken from it. sources:
+    configs of further data sources by name, for ``stages.lm.sources``."""
 
     task: Task = field(default_factory=Task)
     output: str = "outputs/train"
@@ -269,8 +429,12 @@ class Run:
     optimizer: Any = None
     stages: Stages = field(default_factory=Stages)
     parts: Parts = field(default_factory=Parts)
+    bundle: str | None = None
+    sources: dict[str, Any] = field(default_factory=dict)
+    curriculum: Curriculum = field(default_factory=Curriculum)
     codes: Codes = field(default_factory=Codes)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    any_to_any: AnyToAny = field(default_factory=AnyToAny)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     logger: LoggerSettings = field(default_factory=LoggerSettings)
 
@@ -286,8 +450,14 @@ class Run:
         if self.examples is not None and self.examples < 1:
             raise ValueError(f"examples must be at least 1 (or null for all), got {self.examples}.")
         for name in self.task.stages:
-            if name != "evaluate":
-                getattr(self.stages, name).check(name)
+            if hasattr(self.stages, name):
+                stage = getattr(self.stages, name)
+                stage.check(name)
+                if self.trainer.strategy == "fsdp2" and isinstance(stage, LMStage) and stage.partial:
+                    raise ValueError(
+                        f"stages.{name} trains an adapter or single rows, which fsdp2 does not shard; use "
+                        "trainer=ddp."
+                    )
 
 
 def weight_settings(stage: StageSettings) -> dict[str, Any]:

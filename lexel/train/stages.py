@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +15,17 @@ from torch.utils.data import Dataset
 from lexel.data.example import stack_pixels
 from lexel.data.sampler import DrawnDataset
 from lexel.errors import LexelError
-from lexel.train.chain import WEIGHTS, Chain
+from lexel.hub import decode_config
+from lexel.sample.bundle import BUNDLE_FILE
+from lexel.train.chain import WEIGHTS, Chain, is_leader
+from lexel.train.finish import write_bundle
 from lexel.train.record import plain
 
 if TYPE_CHECKING:
     from lexel.document import DocumentCodec
     from lexel.models.causal_lm import CausalLM
     from lexel.train.module import StageModule
-    from lexel.train.settings import LMStage, TokenizerStage
-
-UNSEEN_SEED = 1
-"""Added to the seed of validation documents."""
+    from lexel.train.settings import LMStage, StageSettings, TokenizerStage
 
 
 def run_tokenizer(chain: Chain) -> None:
@@ -48,31 +47,73 @@ def run_tokenizer(chain: Chain) -> None:
         return _train(chain, "tokenizer", module, folder, *_pictures(chain), stack_pixels, usage)
 
     _stage(chain, "tokenizer", work, network=config, objective=objective)
+    if run.any_to_any.modalities:
+        from lexel.train.any_to_any import run_tokenizers
+
+        run_tokenizers(chain)
 
 
 def run_lm(chain: Chain) -> None:
     """Tokenize the data if need be, then train the language model on documents."""
     run, stage = chain.run, chain.run.stages.lm
-    inputs: dict[str, Any] = {"network": run.lm, "objective": run.objective["lm"]}
-    if chain.has_pictures:
-        chain.tokenize()
-        inputs["codes"] = chain.codes_settings()
+    if run.any_to_any.modalities:
+        from lexel.train.any_to_any import run_lms
+
+        return run_lms(chain)
+    train_lm(chain, "lm", stage)
+
+
+def train_lm(
+    chain: Chain,
+    name: str,
+    stage: LMStage,
+    *,
+    captions: Callable[[], Iterable[str]] | None = None,
+    bundle: bool = False,
+) -> None:
+    """Train the stage's language model in the run's folder `name`: a new one, or that of ``stage.bundle``.
+
+    captions: what a new text tokenizer is trained on (default: the stage's own); bundle: end in a bundle, in
+    the folder of that name.
+    """
+    from lexel.data.denoising import ROLES
+    from lexel.train.codec import has_holes
+    from lexel.train.sources import Sources
+    from lexel.train.start import start_of
+
+    run, sources = chain.run, Sources(chain, stage)
+    sources.tokenize()
+    start = None if stage.bundle is None else start_of(stage.bundle)
+    if start is not None and has_holes(stage):
+        start = start.with_roles(ROLES)
+    inputs: dict[str, Any] = {"objective": run.objective["lm"], **sources.settings()}
+    inputs |= {"network": run.lm} if start is None else {"start": start.lm.fingerprint()}
 
     def work(folder: Path) -> dict[str, Any]:
-        from lexel.train.codec import build_codec, check_length, complete_lm, save_codec
+        from lexel.train.codec import build_codec, complete_lm, reading, save_codec
         from lexel.train.lm_module import LMModule
 
-        layout = chain.tokenizer.layout if chain.has_pictures else None
-        codec = build_codec(stage, _captions(chain), layout)
-        config = complete_lm(run.lm, codec)
-        check_length(codec, islice(_captions(chain), stage.captions_for_vocabulary), config.max_length)
-        save_codec(codec, folder, chain.fingerprint if chain.has_pictures else None)
-        network = _fresh(config, run.seed, stage.init)
+        layout = chain.tokenizer.layout if sources.pictured or bundle else None
+        few = stage.captions_for_vocabulary
+        if start is None:
+            codec = build_codec(reading(stage, run.lm), (captions or sources.captions)(), layout)
+            config = complete_lm(run.lm, codec)
+            sources.check_length(codec, few, config.max_length)
+            network = _fresh(config, run.seed, stage.init)
+        else:
+            torch.manual_seed(run.seed)
+            codec, network = start.codec, start.network(layout, sources.positions(start.codec, few))
+        save_codec(codec, folder, chain.fingerprint if codec.layouts else None)
         objective = run.objective["lm"](codec.vocabulary.modalities)
-        module = LMModule(network, objective, stage, run.seed, _drawing(chain, codec))
-        return _train_documents(chain, "lm", module, folder, codec, stage)
+        draw = _drawing(chain, codec, sources.pictured)
+        module = LMModule(network, objective, stage, run.seed, draw, codec.vocabulary)
+        facts = _train_documents(chain, name, module, folder, codec, stage)
+        if bundle and is_leader():
+            write_bundle(chain, folder, folder / "bundle")
+        return facts
 
-    _stage(chain, "lm", work, **inputs)
+    makes = [run.folder / name / "bundle" / BUNDLE_FILE] if bundle else []
+    _stage(chain, name, work, stage=stage, makes=makes, **inputs)
 
 
 def run_drafter(chain: Chain) -> None:
@@ -170,6 +211,21 @@ def run_detokenizer(chain: Chain) -> None:
     _stage(chain, "detokenizer", work, **inputs)
 
 
+def run_curriculum(chain: Chain) -> None:
+    """Train the language model in several stages, each from the bundle of the one before."""
+    from lexel.train.curriculum import follow
+
+    follow(chain)
+
+
+def run_self_assess(chain: Chain) -> None:
+    """Rounds in which the language model draws, is judged, and learns to judge."""
+    from lexel.train.self_assessment import assess
+
+    _need_pictures(chain)
+    assess(chain)
+
+
 def run_evaluate(chain: Chain) -> None:
     """Bundle the parts, measure the bundle and write the report."""
     from lexel.train.finish import finish
@@ -179,9 +235,9 @@ def run_evaluate(chain: Chain) -> None:
 
 def load_lm(folder: Path) -> CausalLM:
     """A trained language model."""
-    from lexel.models.causal_lm import CausalLM
+    from lexel.models import load_lm
 
-    return CausalLM.from_pretrained(folder)
+    return load_lm(folder)
 
 
 def complete_detokenizer(config: partial[Any], tokenizer: Any) -> Any:
@@ -199,10 +255,19 @@ def complete_detokenizer(config: partial[Any], tokenizer: Any) -> Any:
     return config(**values)
 
 
-def _stage(chain: Chain, name: str, work: Callable[[Path], Mapping[str, Any]], **inputs: Any) -> None:
-    """Run a training stage unless its network was trained with the same settings and inputs before."""
-    makes = [chain.run.folder / name / WEIGHTS]
-    chain.stage(name, chain.common_settings(name, **inputs), work, makes=makes)
+def _stage(
+    chain: Chain,
+    name: str,
+    work: Callable[[Path], Mapping[str, Any]],
+    *,
+    stage: StageSettings | None = None,
+    makes: Sequence[Path] = (),
+    **inputs: Any,
+) -> None:
+    """Run a training stage (default settings: those of its name) unless its network was trained with the same
+    settings and inputs before and lies there, with all else that it `makes`."""
+    settings = chain.common_settings(name, stage, **inputs)
+    chain.stage(name, settings, work, makes=[chain.run.folder / name / WEIGHTS, *makes])
 
 
 def _train(
@@ -211,7 +276,7 @@ def _train(
     module: StageModule,
     folder: Path,
     train: Dataset[Any],
-    validation: Dataset[Any] | None,
+    validation: Dataset[Any] | Mapping[str, Dataset[Any]] | None,
     collate: Callable[[list[Any]], Any],
     callbacks: Iterable[Any] = (),
 ) -> dict[str, Any]:
@@ -229,27 +294,15 @@ def _train(
 def _train_documents(
     chain: Chain, name: str, module: StageModule, folder: Path, codec: DocumentCodec, stage: LMStage
 ) -> dict[str, Any]:
-    from lexel.data.documents import DocumentDataset, Mixture
     from lexel.data.packing import pack
+    from lexel.train.sources import Sources
 
-    sets = []
-    for offset, split in enumerate(("train", "validation")):
-        codes = chain.codes(split) if chain.has_pictures else None
-        text = None if chain.has_pictures else chain.source(split)
-        sets.append(
-            DocumentDataset(
-                codes,
-                codec,
-                Mixture(**stage.mixture),
-                stage.drop,
-                chain.run.seed + offset * UNSEEN_SEED,
-                text,
-            )
-        )
+    sources = Sources(chain, stage)
     collate: Callable[[list[Any]], Any] = codec.collate
     if stage.row_length:
         collate = partial(pack, length=stage.row_length, pad=codec.vocabulary.special["pad"])
-    return _train(chain, name, module, folder, sets[0], sets[1], collate)
+    train, validation = sources.documents(codec, "train"), sources.validation(codec)
+    return _train(chain, name, module, folder, train, validation, collate)
 
 
 def _fresh(config: Any, seed: int, init: str | None) -> Any:
@@ -299,21 +352,17 @@ def _preview(chain: Chain) -> Tensor:
     return stack_pixels([source[index] for index in range(min(16, len(source)))])
 
 
-def _captions(chain: Chain) -> Iterable[str]:
-    if chain.has_pictures:
-        return chain.codes("train").captions()
-    source: Any = chain.source("train")
-    return (caption for index in range(len(source)) for caption in source[index].captions)
-
-
-def _drawing(chain: Chain, codec: DocumentCodec) -> Callable[[nn.Module, int], Tensor] | None:
-    """What draws the LM's sample grid: the first validation captions, with the pipeline's default
-    sampling."""
-    if not chain.has_pictures:
+def _drawing(
+    chain: Chain, codec: DocumentCodec, pictured: Sequence[str]
+) -> Callable[[nn.Module, int], Tensor] | None:
+    """What draws the LM's sample grid: the first validation captions of the first source with pictures, with
+    the pipeline's default sampling."""
+    if not pictured:
         return None
     from lexel.document import Image, Text
 
-    captions = [example.captions[0] for example in _first(chain.codes("validation"), 64) if example.captions]
+    examples = _first(chain.codes("validation", pictured[0]), 64)
+    captions = [example.captions[0] for example in examples if example.captions]
     if not captions:
         return None
 
@@ -336,16 +385,17 @@ def _first(dataset: Any, count: int) -> list[Any]:
 
 
 def sampling_of(chain: Chain) -> Mapping[str, Any]:
-    """The run's sampling settings over the pipeline's defaults."""
+    """The run's sampling settings over those of the bundle it starts from, or the pipeline's defaults."""
     from lexel.sample.logits import SamplingConfig
     from lexel.sample.pipeline import DEFAULT_SAMPLING
+    from lexel.train.start import bundle_sampling
 
     given = chain.run.evaluation.sampling
-    if unknown := sorted(set(given) - set(DEFAULT_SAMPLING)):
-        raise LexelError(
-            f"evaluation.sampling knows {', '.join(DEFAULT_SAMPLING)}, got {', '.join(unknown)}."
-        )
+    further = dict.fromkeys(chain.run.any_to_any.modalities, SamplingConfig(temperature=0.0))
+    defaults = {**DEFAULT_SAMPLING, **further, **bundle_sampling(chain.run.bundle)}
+    if unknown := sorted(set(given) - set(defaults)):
+        raise LexelError(f"evaluation.sampling knows {', '.join(defaults)}, got {', '.join(unknown)}.")
     return {
-        name: SamplingConfig(**{**asdict(default), **given.get(name, {})})
-        for name, default in DEFAULT_SAMPLING.items()
+        name: decode_config(SamplingConfig, {**asdict(default), **given.get(name, {})})
+        for name, default in defaults.items()
     }

@@ -65,9 +65,11 @@ class TokenizerModule(StageModule):
         output = self.objective.predict(network, batch, step)
         optimizers, schedules = self.optimizers(), self.lr_schedulers()
         loss, metrics = self.objective.generator_loss(output, batch, step, network.last_layer)
+        self.check_loss(loss)
         self._learn(loss, optimizers[0], schedules[0], last)  # type: ignore[index]
         if self.objective.is_adversarial(step):
             other, more = self.objective.discriminator_loss(output, batch, step)
+            self.check_loss(other)
             self._learn(other, optimizers[1], schedules[1], last)  # type: ignore[index]
             metrics = {**metrics, **more}
         self.consumed += 1
@@ -84,7 +86,7 @@ class TokenizerModule(StageModule):
             optimizer.zero_grad()
             schedule.step()
 
-    def validation_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
+    def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Reconstruction quality with the weights that will be exported."""
         output = self.exported(batch)
         fake = output.reconstruction.float()

@@ -28,6 +28,7 @@ class AtomicCheckpoint(Callback):
     ) -> None:
         step, at_boundary = pl_module.step, pl_module.at_step_boundary
         if at_boundary and (step >= pl_module.stage.steps or (self.every and step % self.every == 0)):
+            pl_module.check_weights()  # a broken network must not replace a good one
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:

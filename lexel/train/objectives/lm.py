@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lexel.train.processes import mean_over_processes
 from lexel.types import LMOutput, TokenBatch
 
 
@@ -40,7 +41,9 @@ class NextTokenObjective(nn.Module):
     """``sum_m w_m · CE_m / sum_m w_m · count_m`` over modalities m, plus ``z_loss · mean(log Z ** 2)``.
 
     CE_m sums the cross-entropies of the targets of modality m and count_m counts them, so that weight 1
-    everywhere is the plain mean per token. Every column of a position counts as one target.
+    everywhere is the plain mean per token. Every column of a position counts as one target. With several
+    processes the counts are their means over the processes: the mean of all losses is then that of one
+    process with all the targets.
     modalities: names in the order of `TokenBatch.modality`; weights: per name, 1.0 where absent.
     z_loss: weight of the squared log-partition (PaLM, arXiv:2204.02311), over column 0.
     future_weight, future_decay: where the output has logits of further tokens, the i-th head (from 1, token
@@ -105,7 +108,8 @@ class NextTokenObjective(nn.Module):
                 log_z = losses[0] + values.gather(-1, target[:, None])[:, 0]
         loss, metrics = self._combine(torch.cat(losses), torch.cat(hits), torch.cat(kinds))
         if self.z_loss:
-            penalty = self.z_loss * log_z.square().mean()
+            count = mean_over_processes(log_z.new_tensor(float(len(log_z))))
+            penalty = self.z_loss * log_z.square().sum() / count
             loss, metrics["z_loss"] = loss + penalty, penalty.detach()
         for head, logits in enumerate(output.future_logits, start=1):
             picked = logits if logits.ndim == 2 else logits[select]
@@ -130,7 +134,7 @@ class NextTokenObjective(nn.Module):
     def _combine(self, losses: Tensor, hits: Tensor, kinds: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted mean of the targets' losses ``[t]`` and the figures of each modality."""
         weight = self.weights[kinds]
-        loss = (weight * losses).sum() / weight.sum().clamp(min=1e-12)
+        loss = (weight * losses).sum() / mean_over_processes(weight.sum()).clamp(min=1e-12)
         metrics = {}
         for index, name in enumerate(self.modalities):
             own = kinds == index
