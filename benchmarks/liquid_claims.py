@@ -4,9 +4,9 @@ python -m benchmarks.liquid_claims
 
 Liquid (arXiv 2412.04332) reports that visual generation and language tasks hurt each other in a small joint
 model and that this vanishes with size. Here it is asked of small models on procedural scenes: for every width
-one model learns each task alone and one learns all of them together, with equally many documents of each
-task (so the joint one takes as many times more steps as there are tasks). The cost of joint training is what
-it adds to a task's held-out loss, in nats per token.
+one model learns all tasks together, and each task is learned alone twice: from as many documents of the task
+as the joint model saw, and in as many steps (so from as many times more documents as there are tasks). The
+cost of joint training is what it adds to a task's held-out loss over each of them, in nats per token.
 """
 
 from __future__ import annotations
@@ -56,10 +56,11 @@ def tokenizer_config(size: int) -> VQTokenizerConfig:
     )  # fmt: skip
 
 
-def train(options: argparse.Namespace, folder: Path, dim: int, tasks: Sequence[str]) -> dict[str, Any]:
+def train(
+    options: argparse.Namespace, folder: Path, dim: int, tasks: Sequence[str], steps: int
+) -> dict[str, Any]:
     """A language model of width `dim` on documents of `tasks`, all equally often; its folder and seconds."""
     mixture = {task: float(task in tasks) for task in ("text_to_image", "image_to_text", "text", "image")}
-    steps = options.steps * len(tasks)
     stage = LMStage(
         steps=steps,
         batch_size=options.batch,
@@ -185,20 +186,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def compare(options: argparse.Namespace, dim: int, tasks: Sequence[str]) -> dict[str, Any]:
-    """Each task alone and all together at one width: per task nll and accuracy of both, and the cost."""
+    """Each task alone (as many documents, then as many steps) and all together at one width: per task nll and
+    accuracy of the three, and the two costs."""
     rows: dict[str, Any] = {}
-    joint = train(options, options.out / f"{dim}-joint", dim, tasks)
+    longer = options.steps * len(tasks)
+    joint = train(options, options.out / f"{dim}-joint", dim, tasks, longer)
     together = measure(options, joint["folder"], tasks)
     for task in tasks:
-        one = train(options, options.out / f"{dim}-{task}", dim, [task])
-        alone = measure(options, one["folder"], [task])[task]
+        found = {"joint": together[task]}
+        for name, steps in (("alone", options.steps), ("longer", longer)):
+            one = train(options, options.out / f"{dim}-{task}-{steps}", dim, [task], steps)
+            found[name] = measure(options, one["folder"], [task])[task]
         rows[task] = {
-            **{f"alone_{name}": value for name, value in alone.items()},
-            **{f"joint_{name}": value for name, value in together[task].items()},
-            "cost": together[task]["nll"] - alone["nll"],
-            "alone_seconds": one["seconds"],
+            **{f"{name}_{what}": x for name, values in found.items() for what, x in values.items()},
+            "cost": found["joint"]["nll"] - found["alone"]["nll"],
+            "cost_longer": found["joint"]["nll"] - found["longer"]["nll"],
         }
-        print(f"width {dim}, {task}: {rows[task]['cost']:+.4f} nats per token", flush=True)
+        print(f"width {dim}, {task}: {rows[task]['cost']:+.4f}, {rows[task]['cost_longer']:+.4f}", flush=True)
     network = CausalLM.from_pretrained(joint["folder"])
     return {"parameters": common.parameters(network), "joint_seconds": joint["seconds"], "tasks": rows}
 
@@ -207,12 +211,13 @@ def claims(results: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, str]:
     """What the figures say of each task's cost over the widths."""
     found = {}
     for task in tasks:
-        costs = [row["tasks"][task]["cost"] for row in results.values()]
-        change = "shrinks" if costs[-1] < costs[0] else "does not shrink"
-        listed = ", ".join(f"{cost:+.4f}" for cost in costs)
-        found[task] = (
-            f"{task}: the cost of joint training is {listed}; from the first to the last width it {change}."
-        )
+        for name, what in (("cost", "equal documents"), ("cost_longer", "equal steps")):
+            costs = [row["tasks"][task][name] for row in results.values()]
+            change = "falls" if costs[-1] < costs[0] else "does not fall"
+            listed = ", ".join(f"{cost:+.4f}" for cost in costs)
+            found[f"{task}, {what}"] = (
+                f"{task}, {what}: joint training costs {listed}; over the widths that {change}."
+            )
     return found
 
 
@@ -221,24 +226,20 @@ def text(results: Mapping[str, Any]) -> str:
     rows = []
     for dim, row in results.items():
         for task, found in row["tasks"].items():
-            shares = [found.get(f"{name}_accuracy") for name in ("alone", "joint")]
+            names = ("alone", "longer", "joint")
+            shares = [found.get(f"{name}_accuracy") for name in names]
             rows.append(
                 (
-                    dim, f"{row['parameters'] / 1e3:.0f} k", task, f"{found['alone_nll']:.4f}",
-                    f"{found['joint_nll']:.4f}", f"{found['cost']:+.4f}",
+                    dim, f"{row['parameters'] / 1e3:.0f} k", task,
+                    *(f"{found[f'{name}_nll']:.3f}" for name in names),
+                    f"{found['cost']:+.3f}", f"{found['cost_longer']:+.3f}",
                     *("-" if share is None else f"{share:.1%}" for share in shares),
                 )
             )  # fmt: skip
     headings = (
-        "width",
-        "parameters",
-        "task",
-        "alone nats",
-        "joint nats",
-        "cost",
-        "alone right",
-        "joint right",
-    )
+        "width", "parameters", "task", "alone nats", "longer nats", "joint nats", "cost", "cost, equal steps",
+        "alone right", "longer right", "joint right",
+    )  # fmt: skip
     return common.table(headings, rows)
 
 

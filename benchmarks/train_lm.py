@@ -6,7 +6,7 @@ first loss of both must agree. Three forms are timed, interleaved, so that a bus
 * `transformers`: `LlamaForCausalLM` on padded batches with an attention mask and labels of -100 where nothing
   is to be learned;
 * `lexel`: `CausalLM` on the same padded batches, logits only where a target is predicted;
-* `lexel, packed`: the documents packed into rows of `--row` tokens with a block-diagonal mask.
+* `lexel, packed`: the documents packed into rows of `--row` tokens, attention document by document.
 
 Tokens are those of documents, without padding. `mfu` is the share of this machine's own matrix rate (see
 `lexel.train.flops`). Peak memory is measured in a process per form.
@@ -96,7 +96,7 @@ class Contest:
         longest = max(map(len, sequences))
         self.batches = {
             "lexel": padded(sequences).to(self.device),
-            "lexel, packed": pack(sequences, max(options.row, longest), PAD).to(self.device),
+            "lexel, packed": pack(sequences, options.row or 4 * longest, PAD).to(self.device),
         }
         torch.manual_seed(options.seed)
         config = CausalLMConfig(
@@ -236,12 +236,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--model", choices=SIZES, default="small")
     made.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="autocast, or float32 throughout")
     made.add_argument("--batch", type=int, default=8, help="documents per step")
-    made.add_argument("--row", type=int, default=1024, help="tokens of a packed row")
+    made.add_argument(
+        "--row", type=int, help="tokens of a packed row (default: four of the longest document)"
+    )
     made.add_argument("--repeats", type=int, default=9, help="timed steps of each form")
     made.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = made.parse_args(arguments)
     if options.quick:
-        options.model, options.repeats, options.batch, options.row = "debug", 3, 4, 128
+        options.model, options.repeats, options.batch = "debug", 3, 4
     torch.set_num_threads(options.threads)
     memory = {form: peak_memory(options, form) for form in FORMS}
     contest = Contest(options)

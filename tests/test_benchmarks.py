@@ -318,7 +318,7 @@ def test_train_lm_compares_the_same_model_in_three_forms(
     rows = {row["form"]: row for row in json.loads(found.read_text())["rows"]}
     assert rows.keys() == set(train_lm.FORMS)
     assert rows["transformers"]["ratio_to_transformers"] == 1
-    assert all(row["mfu"] > 0 and row["peak_memory_mb"] > 0 for row in rows.values())
+    assert all(row["mfu"] > 0 and row["peak_memory_mb"] >= 0 for row in rows.values())
     assert "tokens/s" in capsys.readouterr().out
 
 
@@ -328,7 +328,7 @@ def test_train_lm_refuses_models_that_differ() -> None:
     from benchmarks.train_lm import Contest
     from lexel.errors import LexelError
 
-    options = argparse.Namespace(model="debug", device="cpu", dtype="float32", batch=2, row=128, seed=0)
+    options = argparse.Namespace(model="debug", device="cpu", dtype="float32", batch=2, row=None, seed=0)
     contest = Contest(options)
     contest.check()
     with torch.no_grad():

@@ -23,7 +23,10 @@ def test_claims_compare_the_first_and_the_last_width() -> None:
         return {
             "alone_nll": 1.0,
             "joint_nll": 1 + cost,
+            "longer_nll": 1.0,
+            "longer_accuracy": 0.5,
             "cost": cost,
+            "cost_longer": 2 * cost,
             "alone_accuracy": 0.5,
             "joint_accuracy": 0,
         }
@@ -36,11 +39,12 @@ def test_claims_compare_the_first_and_the_last_width() -> None:
         for dim, cost in ((48, 0.2), (96, 0.3), (160, 0.1))
     }
     said = claims(results, ["image_to_text", "text_to_image"])
-    assert "+0.2000, +0.3000, +0.1000" in said["image_to_text"]
-    assert said["image_to_text"].endswith("it shrinks.")
-    assert said["text_to_image"].endswith("it does not shrink.")
+    assert "+0.2000, +0.3000, +0.1000" in said["image_to_text, equal documents"]
+    assert "+0.4000, +0.6000, +0.2000" in said["image_to_text, equal steps"]
+    assert said["image_to_text, equal steps"].endswith("that falls.")
+    assert said["text_to_image, equal documents"].endswith("that does not fall.")
     assert "| 160" in text(results)
-    assert "+0.1000" in text(results)
+    assert "+0.100" in text(results)
 
 
 @pytest.mark.slow
@@ -55,6 +59,8 @@ def test_a_quick_run_trains_alone_and_together(capsys: pytest.CaptureFixture[str
         assert set(row["tasks"]) == {"text_to_image", "image_to_text"}
         for task in row["tasks"].values():
             assert task["cost"] == pytest.approx(task["joint_nll"] - task["alone_nll"])
+            assert task["cost_longer"] == pytest.approx(task["joint_nll"] - task["longer_nll"])
+            assert task["longer_nll"] != task["alone_nll"]
             assert 0 <= task["joint_accuracy"] <= 1
     main(command)
     assert "lm: finished before, reused" in capsys.readouterr().out
