@@ -21,7 +21,7 @@ from lexel.models.causal_lm import CausalLM, CausalLMConfig
 from lexel.train.lm_module import LMModule
 from lexel.train.objectives.lm import NextTokenObjective, predicting, predicting_further
 from lexel.train.settings import LMStage
-from lexel.train.stages import _fresh
+from lexel.train.stages import fresh_network
 from lexel.types import LMOutput, TokenBatch
 
 VOCAB = 20
@@ -235,7 +235,7 @@ def test_heads_are_idle_only_without_a_weight() -> None:
 
 def test_heads_join_the_weights_of_a_model_without(tmp_path: Path) -> None:
     network(0).save_pretrained(tmp_path)
-    grown = _fresh(replace(network(2).config), seed=5, init=str(tmp_path))
+    grown = fresh_network(replace(network(2).config), seed=5, init=str(tmp_path))
     for key, value in network(0).state_dict().items():
         assert torch.equal(grown.state_dict()[key], value)
     assert not any(bool(p.any()) for p in grown.future.parameters())
@@ -245,7 +245,7 @@ def test_heads_join_the_weights_of_a_model_without(tmp_path: Path) -> None:
     loaded = CausalLM.from_pretrained(tmp_path / "headed")
     assert loaded.fingerprint() == grown.fingerprint()
     with pytest.raises(LexelError, match="unknown future"):
-        _fresh(network(0).config, seed=5, init=str(tmp_path / "headed"))
+        fresh_network(network(0).config, seed=5, init=str(tmp_path / "headed"))
 
 
 def test_the_experiment_trains_the_heads_of_the_shipped_model() -> None:

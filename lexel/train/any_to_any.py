@@ -201,7 +201,7 @@ def _train_lm(chain: Chain, name: str, pairs: Sequence[Pair]) -> None:
         check_length(codec, chain.codes("train").captions(), len(settings.segments) + 1, config.max_length)
         save_codec(codec, folder, chain.fingerprint)
         objective = _objective(run.objective["lm"], codec.vocabulary.modalities)
-        network = stages._fresh(config, run.seed, stage.init)
+        network = stages.fresh_network(config, run.seed, stage.init)
         module = LMModule(network, objective, stage, run.seed, vocabulary=codec.vocabulary)
         sets = [
             AnyToAnyDataset(
@@ -217,9 +217,9 @@ def _train_lm(chain: Chain, name: str, pairs: Sequence[Pair]) -> None:
         collate: Any = codec.collate
         if stage.row_length:
             collate = partial(pack, length=stage.row_length, pad=codec.vocabulary.special["pad"])
-        return stages._train(chain, name, module, folder, sets[0], sets[1], collate)
+        return stages.train_network(chain, name, module, folder, sets[0], sets[1], collate)
 
-    stages._stage(chain, name, work, stage=stage, **inputs)
+    stages.training_stage(chain, name, work, stage=stage, **inputs)
 
 
 def _objective(make: Any, modalities: Sequence[str]) -> Any:

@@ -302,11 +302,13 @@ def _train_round(chain: Chain, number: int, verdicts: Verdicts) -> Path:
 
             collate = partial(pack, length=stage.row_length, pad=codec.vocabulary.special["pad"])
         documents = MixedDataset(mixed, weights, run.seed)
-        facts = stages._train(chain, name, module, folder, documents, sources.validation(codec), collate)
+        facts = stages.train_network(
+            chain, name, module, folder, documents, sources.validation(codec), collate
+        )
         if is_leader():
             write_bundle(chain, folder, folder / "bundle")
         return facts
 
     made = [folder / "bundle" / BUNDLE_FILE]
-    stages._stage(chain, name, work, stage=stage, makes=made, **inputs)
+    stages.training_stage(chain, name, work, stage=stage, makes=made, **inputs)
     return folder

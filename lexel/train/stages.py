@@ -40,13 +40,13 @@ def run_tokenizer(chain: Chain) -> None:
         from lexel.train.callbacks import CodebookUsage
         from lexel.train.tokenizer_module import TokenizerModule
 
-        network = _fresh(config, run.seed, run.stages.tokenizer.init)
+        network = fresh_network(config, run.seed, run.stages.tokenizer.init)
         _fill_vae(network, run.stages.tokenizer)
         module = TokenizerModule(network, objective.build(), run.stages.tokenizer, run.seed, _preview(chain))
         usage = [CodebookUsage(network.codebook_sizes)]
-        return _train(chain, "tokenizer", module, folder, *_pictures(chain), stack_pixels, usage)
+        return train_network(chain, "tokenizer", module, folder, *_pictures(chain), stack_pixels, usage)
 
-    _stage(chain, "tokenizer", work, network=config, objective=objective)
+    training_stage(chain, "tokenizer", work, network=config, objective=objective)
     if run.any_to_any.modalities:
         from lexel.train.any_to_any import run_tokenizers
 
@@ -99,7 +99,7 @@ def train_lm(
             codec = build_codec(reading(stage, run.lm), (captions or sources.captions)(), layout)
             config = complete_lm(run.lm, codec)
             sources.check_length(codec, few, config.max_length)
-            network = _fresh(config, run.seed, stage.init)
+            network = fresh_network(config, run.seed, stage.init)
         else:
             torch.manual_seed(run.seed)
             codec, network = start.codec, start.network(layout, sources.positions(start.codec, few))
@@ -113,7 +113,7 @@ def train_lm(
         return facts
 
     makes = [run.folder / name / "bundle" / BUNDLE_FILE] if bundle else []
-    _stage(chain, name, work, stage=stage, makes=makes, **inputs)
+    training_stage(chain, name, work, stage=stage, makes=makes, **inputs)
 
 
 def run_drafter(chain: Chain) -> None:
@@ -155,7 +155,7 @@ def _distil(chain: Chain) -> None:
         module = _drafter_module(chain, config, codec, lm)
         return _train_documents(chain, "drafter", module, folder, codec, stage)
 
-    _stage(chain, "drafter", work, **inputs)
+    training_stage(chain, "drafter", work, **inputs)
 
 
 def _drafter_module(chain: Chain, config: Any, codec: DocumentCodec, lm: CausalLM) -> StageModule:
@@ -164,7 +164,7 @@ def _drafter_module(chain: Chain, config: Any, codec: DocumentCodec, lm: CausalL
     from lexel.train.lm_module import DrafterModule
 
     run, stage = chain.run, chain.run.stages.drafter
-    network = _fresh(config, run.seed, stage.init)
+    network = fresh_network(config, run.seed, stage.init)
     if isinstance(config, EagleConfig):
         return EagleModule(take_over(network, lm, output=stage.init is None), lm, stage, run.seed)
     return DrafterModule(network, lm, run.objective["lm"](codec.vocabulary.modalities), stage, run.seed)
@@ -183,13 +183,13 @@ def _neighbours(chain: Chain) -> None:
         from lexel.sample.bundle import TRAINED_ON_FILE, write_json
         from lexel.train.neighbour_module import NeighbourModule, stack_codes
 
-        module = NeighbourModule(_fresh(config, run.seed, stage.init), stage, run.seed)
+        module = NeighbourModule(fresh_network(config, run.seed, stage.init), stage, run.seed)
         write_json(folder / TRAINED_ON_FILE, {"tokenizer": chain.fingerprint})
         train, validation = (DrawnDataset(chain.codes(split)) for split in ("train", "validation"))
         collate = partial(stack_codes, layout=layout)
-        return _train(chain, "drafter", module, folder, train, validation, collate)
+        return train_network(chain, "drafter", module, folder, train, validation, collate)
 
-    _stage(chain, "drafter", work, network=config, codes=chain.codes_settings())
+    training_stage(chain, "drafter", work, network=config, codes=chain.codes_settings())
 
 
 def run_detokenizer(chain: Chain) -> None:
@@ -202,13 +202,13 @@ def run_detokenizer(chain: Chain) -> None:
         from lexel.sample.bundle import TRAINED_ON_FILE, write_json
         from lexel.train.detokenizer_module import DetokenizerModule
 
-        network = _fresh(config, run.seed, stage.init)
+        network = fresh_network(config, run.seed, stage.init)
         module = DetokenizerModule(network, chain.tokenizer, stage, run.seed, _preview(chain))
         write_json(folder / TRAINED_ON_FILE, {"tokenizer": chain.fingerprint})
-        return _train(chain, "detokenizer", module, folder, *_pictures(chain), stack_pixels)
+        return train_network(chain, "detokenizer", module, folder, *_pictures(chain), stack_pixels)
 
     inputs = {"network": config, "tokenizer": chain.fingerprint}
-    _stage(chain, "detokenizer", work, **inputs)
+    training_stage(chain, "detokenizer", work, **inputs)
 
 
 def run_curriculum(chain: Chain) -> None:
@@ -255,7 +255,7 @@ def complete_detokenizer(config: partial[Any], tokenizer: Any) -> Any:
     return config(**values)
 
 
-def _stage(
+def training_stage(
     chain: Chain,
     name: str,
     work: Callable[[Path], Mapping[str, Any]],
@@ -270,7 +270,7 @@ def _stage(
     chain.stage(name, settings, work, makes=[chain.run.folder / name / WEIGHTS, *makes])
 
 
-def _train(
+def train_network(
     chain: Chain,
     name: str,
     module: StageModule,
@@ -302,10 +302,10 @@ def _train_documents(
     if stage.row_length:
         collate = partial(pack, length=stage.row_length, pad=codec.vocabulary.special["pad"])
     train, validation = sources.documents(codec, "train"), sources.validation(codec)
-    return _train(chain, name, module, folder, train, validation, collate)
+    return train_network(chain, name, module, folder, train, validation, collate)
 
 
-def _fresh(config: Any, seed: int, init: str | None) -> Any:
+def fresh_network(config: Any, seed: int, init: str | None) -> Any:
     """A network with weights drawn from `seed`, or those of the folder or hub id `init`, which may lack the
     heads of further tokens."""
     torch.manual_seed(seed)
