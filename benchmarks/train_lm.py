@@ -34,7 +34,8 @@ from benchmarks import common
 from lexel.data.packing import pack
 from lexel.document import TokenSequence
 from lexel.errors import LexelError
-from lexel.models.causal_lm import CausalLMConfig
+from lexel.models.backbones import exported
+from lexel.models.causal_lm import CausalLM, CausalLMConfig
 from lexel.train.flops import matrix_rate, tokens, training_flops
 from lexel.train.objectives.lm import NextTokenObjective, predicting
 from lexel.types import TokenBatch
@@ -182,27 +183,11 @@ class Contest:
         return rows
 
 
-def _twin(lm: Any) -> Any:
+def _twin(lm: CausalLM) -> Any:
     """transformers' `LlamaForCausalLM` with the weights of `lm`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = lm.config
-    theirs = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.dim,
-            intermediate_size=config.hidden_width,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.key_heads,
-            head_dim=config.head_width,
-            rms_norm_eps=config.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            max_position_embeddings=config.max_length,
-            tie_word_embeddings=False,
-            pad_token_id=PAD,
-        )
-    )
+    theirs: Any = LlamaForCausalLM(LlamaConfig.from_dict(exported(lm.config, "llama")))
     theirs.load_state_dict(lm.state_dict())
     return theirs.to(next(lm.parameters()).device).train()
 

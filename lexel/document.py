@@ -99,6 +99,11 @@ class TokenSequence:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def first(self) -> Tensor:
+        """Long ``[l]``: the ids of column 0."""
+        return self.ids if self.ids.ndim == 1 else self.ids[:, 0]
+
 
 @dataclass(frozen=True)
 class Slot:

@@ -174,6 +174,11 @@ class TokenBatch:
                 f"got {list(self.attention_mask.shape)}."
             )
 
+    @property
+    def first(self) -> Tensor:
+        """Long ``[b, l]``: the ids of column 0, all there are with one code per position."""
+        return self.ids if self.ids.ndim == 2 else self.ids[..., 0]
+
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on another device."""
         return TokenBatch(*(None if x is None else x.to(device) for x in vars(self).values()))  # type: ignore[arg-type]

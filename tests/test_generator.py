@@ -193,6 +193,7 @@ def assert_as_fresh(lm, stream, rows):
     number = 0
     assert len(stream) == len(rows)
     for row_number, row in enumerate(rows):
+        # An unguided row has one lane: no second one for its null.
         for lane, start in zip(stream.own(row_number), [row.prompt, row.null], strict=False):
             tokens, state = known_tokens(row, start)
             assert row.state == state

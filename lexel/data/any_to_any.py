@@ -106,8 +106,7 @@ class AnyToAnyDataset(Dataset[TokenSequence]):
     def __getitem__(self, draw: Draw) -> TokenSequence:
         inputs, targets, dropped = self.document(draw)
         sequence = self.codec.build([*inputs, *targets], len(targets), unconditional=dropped)
-        ids = sequence.ids if sequence.ids.ndim == 1 else sequence.ids[:, 0]
-        wanted = sequence.loss_mask & ~torch.isin(ids, self._opening)
+        wanted = sequence.loss_mask & ~torch.isin(sequence.first, self._opening)
         wanted[-1] = isinstance(targets[-1], Text)
         return replace(sequence, loss_mask=wanted)
 

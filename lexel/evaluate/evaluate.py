@@ -212,7 +212,7 @@ class Evaluation:
         wanted = codec.vocabulary.mask(modality)
         for start in range(0, len(documents), self.batch_size):
             batch = codec.collate([codec.build(d) for d in documents[start : start + self.batch_size]])
-            first = batch.ids if batch.ids.ndim == 2 else batch.ids[..., 0]
+            first = batch.first
             assert batch.loss_mask is not None
             yield batch, F.pad((batch.loss_mask & wanted[first])[:, 1:], (0, 1))
 

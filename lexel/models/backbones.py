@@ -369,11 +369,12 @@ def _fill(lm: CausalLM, shards: list[Path], dtype: torch.dtype) -> None:
             found.pop(OUTPUT, None)  # some programs write the table of a tied model twice
         if problems := mismatches(expected, found):
             raise LexelError(f"{shards[0].parent} does not fit its config: {problems}.")
+        state: dict[str, Tensor] = {}
         for shard, keys in held.items():
             with safe_open(shard, "pt") as file:
                 # Copied, so that no parameter is a view into a file that may be replaced.
-                state = {key: file.get_tensor(key).to(dtype, copy=True) for key in keys if key in found}
-            lm.load_state_dict(state, strict=False, assign=True)
+                state |= {key: file.get_tensor(key).to(dtype, copy=True) for key in keys if key in found}
+        lm.load_state_dict(state, assign=True)
         for shard in (shard for shard, keys in held.items() if OUTPUT in keys and OUTPUT not in found):
             with safe_open(shard, "pt") as file:
                 if not torch.equal(file.get_tensor(OUTPUT).to(dtype), lm.model.embed_tokens.weight):

@@ -98,6 +98,10 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:
         """``[b, l, d] -> [b, l, d]``; arguments as in `SelfAttention` and `SwiGLU`."""
         y = self.self_attn(self.input_layernorm(x), rotation, mask, causal=causal, extend=extend)
+        return self._join(x, y, width)
+
+    def _join(self, x: Tensor, y: Tensor, width: float | None) -> Tensor:
+        """The block's output from its input x and what its attention y found, both ``[b, l, d]``."""
         x = x + self._drop(y)
         return x + self._drop(self.mlp(self.post_attention_layernorm(x), width))
 
@@ -117,18 +121,7 @@ class SandwichLayer(DecoderLayer):
         self.pre_feedforward_layernorm = RMSNorm(dim, norm_eps, norm_offset)
         self.post_feedforward_layernorm = RMSNorm(dim, norm_eps, norm_offset)
 
-    def forward(
-        self,
-        x: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        mask: Tensor | None = None,
-        *,
-        causal: bool = False,
-        extend: Extend | None = None,
-        width: float | None = None,
-    ) -> Tensor:
-        """As `DecoderLayer.forward`."""
-        y = self.self_attn(self.input_layernorm(x), rotation, mask, causal=causal, extend=extend)
+    def _join(self, x: Tensor, y: Tensor, width: float | None) -> Tensor:
         x = x + self._drop(self.post_attention_layernorm(y))
         y = self.mlp(self.pre_feedforward_layernorm(x), width)
         return x + self._drop(self.post_feedforward_layernorm(y))

@@ -93,10 +93,10 @@ def _prompt_and_targets(
     if not hidden.any():
         raise ValueError("every code of the picture is kept; there is nothing to draw.")
     holed = with_holes(codec, whole, hidden)
-    first = (whole.ids if whole.ids.ndim == 1 else whole.ids[:, 0]).tolist()
+    first = whole.first.tolist()
     places = code_places(codec, first, first.index(codec.vocabulary.begin(modality)), modality)
     steps = iter([step for step, place in enumerate(places) if hidden[place]])
-    ids = (holed.ids if holed.ids.ndim == 1 else holed.ids[:, 0]).tolist()
+    ids = holed.first.tolist()
     start = ids.index(codec.vocabulary.special["sep"]) + 2  # the first marker is certain
     special = set(codec.vocabulary.special.values())
     targets = []

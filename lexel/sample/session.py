@@ -38,7 +38,7 @@ class Row:
     @classmethod
     def start(cls, prompt: TokenSequence, null: TokenSequence | None, policy: Policy, seed: int) -> Row:
         """A generation that stands right after its prompt."""
-        first = prompt.ids if prompt.ids.ndim == 1 else prompt.ids[:, 0]
+        first = prompt.first
         state = policy.grammar.start(prompt)
         return cls(prompt, null, policy, np.random.default_rng(seed), state, first.tolist())
 

@@ -47,11 +47,9 @@ def own_verdicts(
 def _log_likelihoods(pipeline: Pipeline, documents: Sequence[Document]) -> Tensor:
     """Log-probability of the last segment and the end of each document, float ``[b]``."""
     batch = pipeline.codec.collate([pipeline.codec.build(document) for document in documents])
-    assert batch.loss_mask is not None
     batch = batch.to(pipeline.device)
     logits = pipeline.lm(batch).logits[:, :-1].float()
-    first = batch.ids if batch.ids.ndim == 2 else batch.ids[..., 0]
-    losses = F.cross_entropy(logits.transpose(1, 2), first[:, 1:], reduction="none")
+    losses = F.cross_entropy(logits.transpose(1, 2), batch.first[:, 1:], reduction="none")
     assert batch.loss_mask is not None
     return -(losses * batch.loss_mask[:, 1:]).sum(1).cpu()
 

@@ -191,8 +191,7 @@ def _train_lm(chain: Chain, name: str, pairs: Sequence[Pair]) -> None:
     }
 
     def work(folder: Path) -> dict[str, Any]:
-        from lexel.data.packing import pack
-        from lexel.train.codec import complete_lm, reading, save_codec
+        from lexel.train.codec import batching, complete_lm, reading, save_codec
         from lexel.train.lm_module import LMModule
 
         say(f"{name}: {'random splits' if not pairs else ', '.join(map(pair_name, pairs))}")
@@ -214,10 +213,7 @@ def _train_lm(chain: Chain, name: str, pairs: Sequence[Pair]) -> None:
             )
             for offset, split in enumerate(SPLITS)
         ]
-        collate: Any = codec.collate
-        if stage.row_length:
-            collate = partial(pack, length=stage.row_length, pad=codec.vocabulary.special["pad"])
-        return stages.train_network(chain, name, module, folder, sets[0], sets[1], collate)
+        return stages.train_network(chain, name, module, folder, sets[0], sets[1], batching(codec, stage))
 
     stages.training_stage(chain, name, work, stage=stage, **inputs)
 

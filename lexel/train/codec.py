@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lexel.data.denoising import ROLES
-from lexel.document import DocumentCodec
+from lexel.document import DocumentCodec, TokenSequence
 from lexel.errors import LexelError
 from lexel.hub import decode_config
 from lexel.prompts import make_codec
@@ -27,6 +27,7 @@ from lexel.sample.bundle import (
 from lexel.sample.bundle import load_codec as load_bundle_codec
 from lexel.tokenizers.layout import CodeLayout
 from lexel.train.settings import LMStage
+from lexel.types import TokenBatch
 from lexel.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -109,6 +110,16 @@ def load_codec(folder: Path) -> DocumentCodec:
         return make_codec(vocabulary, load_text_tokenizer(folder / "text_tokenizer"), layouts)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise LexelError(f"{folder} holds no complete vocabulary ({error}); train its LM again.") from error
+
+
+def batching(codec: DocumentCodec, stage: LMStage) -> Callable[[Sequence[TokenSequence]], TokenBatch]:
+    """How a stage's documents become batches: packed into rows of ``stage.row_length`` tokens, or one to a
+    row."""
+    from lexel.data.packing import pack
+
+    if not stage.row_length:
+        return codec.collate
+    return partial(pack, length=stage.row_length, pad=codec.vocabulary.special["pad"])
 
 
 def complete_lm(config: partial[Any], codec: DocumentCodec) -> CausalLMConfig | PretrainedConfig:

@@ -42,7 +42,9 @@ def _settings(chain: Chain) -> dict[str, Any]:
 
     parts = {"tokenizer": chain.fingerprint, "lm": load_lm(chain.part_folder("lm")).fingerprint()}
     parts |= {name: load_part(chain, name).fingerprint() for name in OPTIONAL if chain.has_part(name)}
-    evaluation = {**asdict(chain.run.evaluation), "any_to_any": asdict(chain.run.any_to_any)}
+    evaluation = asdict(chain.run.evaluation)
+    if chain.run.any_to_any.modalities:
+        evaluation["any_to_any"] = asdict(chain.run.any_to_any)
     return plain(
         {"parts": parts, "data": chain.run.data, "evaluation": evaluation, "sampling": sampling_of(chain)}
     )

@@ -18,13 +18,12 @@ from lexel.train.objectives.lm import predicting
 from lexel.types import TokenBatch
 
 RATES = "matrix_rates"
-_SIDES = {"cpu": 1024, "cuda": 8192}
+_SIDE, _SIDE_ON_CUDA = 1024, 8192
 
 
 def tokens(batch: TokenBatch, pad_id: int) -> Tensor:
     """How many positions of a batch are not padding, as a scalar tensor."""
-    ids = batch.ids if batch.ids.ndim == 2 else batch.ids[..., 0]
-    return (ids != pad_id).sum()
+    return (batch.first != pad_id).sum()
 
 
 def training_flops(network: Any, batch: TokenBatch) -> Tensor:
@@ -46,7 +45,7 @@ def training_flops(network: Any, batch: TokenBatch) -> Tensor:
 
 def attended(batch: TokenBatch, pad_id: int) -> Tensor:
     """The (query, key) pairs of a batch that may look at each other, padding left out; scalar float64."""
-    real = (batch.ids if batch.ids.ndim == 2 else batch.ids[..., 0]) != pad_id
+    real = batch.first != pad_id
     if batch.attention_mask is not None:
         seen = batch.attention_mask if batch.attention_mask.dtype == torch.bool else batch.attention_mask == 0
         return (seen & real[:, :, None]).sum().double()
@@ -80,7 +79,7 @@ def matrix_rate(device: str, dtype: torch.dtype) -> float:
     """Operations per second of a large matrix product on this machine: the best of several, and of what was
     remembered of earlier processes, since other work only slows one down. Measured per device, kind of number
     and number of threads. `mfu` is relative to this: no data sheet is believed, and none is needed."""
-    where = processor() if device == "cpu" else torch.cuda.get_device_name()
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{processor()} {device}"
     key = (
         f"{where}; {torch.get_num_threads() if device == 'cpu' else 1} threads; {dtype}; {torch.__version__}"
     )
@@ -91,13 +90,11 @@ def matrix_rate(device: str, dtype: torch.dtype) -> float:
 
 
 def _measure(device: str, dtype: torch.dtype) -> float:
-    side = _SIDES[device]
+    side = _SIDE_ON_CUDA if device == "cuda" else _SIDE
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(8):
         start = time.perf_counter()
-        left @ right
-        if device == "cuda":
-            torch.cuda.synchronize()
+        float((left @ right)[0, 0])  # waits for the device
         best = min(best, time.perf_counter() - start)
     return 2 * side**3 / best

@@ -12,11 +12,9 @@ n code positions · k codebooks · N pictures
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -35,6 +33,7 @@ from lexel.errors import LexelError
 from lexel.sample.bundle import read_json, write_json
 from lexel.sample.verdict import ANSWERS, own_verdicts, verdict_document
 from lexel.train.chain import Chain, is_leader, say
+from lexel.train.record import DONE_FILE
 from lexel.types import Codes
 
 if TYPE_CHECKING:
@@ -271,7 +270,7 @@ def _train_round(chain: Chain, number: int, verdicts: Verdicts) -> Path:
     """Train the run's language model on the usual documents and the verdicts; the folder of the round."""
     from lexel.sample.bundle import BUNDLE_FILE
     from lexel.train import stages
-    from lexel.train.codec import load_codec, save_codec
+    from lexel.train.codec import batching, load_codec, save_codec
     from lexel.train.finish import write_bundle
     from lexel.train.lm_module import LMModule
     from lexel.train.sources import Sources
@@ -285,7 +284,7 @@ def _train_round(chain: Chain, number: int, verdicts: Verdicts) -> Path:
     inputs = {
         "objective": run.objective["lm"],
         "start": network.fingerprint(),
-        "verdicts": json.loads((run.folder / f"verdicts_{number}" / "done.json").read_text())["hash"],
+        "verdicts": read_json(run.folder / f"verdicts_{number}" / DONE_FILE)["hash"],
         **sources.settings(),
     }
 
@@ -296,15 +295,9 @@ def _train_round(chain: Chain, number: int, verdicts: Verdicts) -> Path:
         module = LMModule(network.requires_grad_(True), objective, stage, run.seed, None, codec.vocabulary)
         mixed = {"data": sources.documents(codec, "train"), "verdicts": own}
         weights = {"data": 1 - stage.share, "verdicts": stage.share}
-        collate: Any = codec.collate
-        if stage.row_length:
-            from lexel.data.packing import pack
-
-            collate = partial(pack, length=stage.row_length, pad=codec.vocabulary.special["pad"])
-        documents = MixedDataset(mixed, weights, run.seed)
-        facts = stages.train_network(
-            chain, name, module, folder, documents, sources.validation(codec), collate
-        )
+        documents, validation = MixedDataset(mixed, weights, run.seed), sources.validation(codec)
+        batches = batching(codec, stage)
+        facts = stages.train_network(chain, name, module, folder, documents, validation, batches)
         if is_leader():
             write_bundle(chain, folder, folder / "bundle")
         return facts

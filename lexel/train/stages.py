@@ -294,15 +294,12 @@ def train_network(
 def _train_documents(
     chain: Chain, name: str, module: StageModule, folder: Path, codec: DocumentCodec, stage: LMStage
 ) -> dict[str, Any]:
-    from lexel.data.packing import pack
+    from lexel.train.codec import batching
     from lexel.train.sources import Sources
 
     sources = Sources(chain, stage)
-    collate: Callable[[list[Any]], Any] = codec.collate
-    if stage.row_length:
-        collate = partial(pack, length=stage.row_length, pad=codec.vocabulary.special["pad"])
     train, validation = sources.documents(codec, "train"), sources.validation(codec)
-    return train_network(chain, name, module, folder, train, validation, collate)
+    return train_network(chain, name, module, folder, train, validation, batching(codec, stage))
 
 
 def fresh_network(config: Any, seed: int, init: str | None) -> Any:

@@ -82,7 +82,7 @@ class NextAllObjective(NextTokenObjective):
 def bag_loss(logits: Tensor, batch: TokenBatch, select: Tensor) -> Tensor:
     """Mean of ``-log q(x_j)`` over the tokens that remain of the span, float ``[m]``, for logits ``[m, v]``
     at the positions of `select` bool ``[b, l]``, each of which is followed by a target."""
-    ids = batch.ids if batch.ids.ndim == 2 else batch.ids[..., 0]
+    ids = batch.first
     row, place = select.nonzero(as_tuple=True)
     targets = spans(batch)
     later = torch.arange(ids.shape[1], device=ids.device) > place[:, None]
