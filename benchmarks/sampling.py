@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -59,6 +60,7 @@ from lexel.sample.pipeline import Pipeline
 from lexel.types import TokenBatch
 
 QUICK_SECONDS, SECONDS = 95.0, 1800.0
+QUICK_LATEST = 100.0  # seconds after which --quick begins nothing but what the rest is compared with
 
 
 # Results
@@ -191,7 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ends = (began if options.quick else time.perf_counter()) + options.seconds
     for number, setting in enumerate(settings):
         left = ends - time.perf_counter()
-        found += bench.compare(setting, left / (len(settings) - number) * (4 / 3 if number == 0 else 1))
+        share = left / (len(settings) - number) * (4 / 3 if number == 0 else 1)
+        found += bench.compare(setting, share, began + QUICK_LATEST if options.quick else math.inf)
     for row in found:
         row.update({} if row["exact"] else judged.get(row["strategy"], {}))
     facts["sampling"] = common.plain(drawing.config)
@@ -214,12 +217,12 @@ class Bench:
         self.usual = "bfloat16" if "bfloat16" in packed else options.dtypes[0]
         self.peer = _peer(pipeline, prompts)
 
-    def compare(self, setting: Setting, seconds: float) -> list[dict[str, Any]]:
-        """The rows of one setting."""
+    def compare(self, setting: Setting, seconds: float, latest: float) -> list[dict[str, Any]]:
+        """The rows of one setting; latest: see `race`."""
         steps = self.pipeline.codec.layouts["image"].steps
         with threads(setting.threads), torch.inference_mode():
             entries = self._entries(setting)
-            race(entries, self.prompts, setting, seconds)
+            race(entries, self.prompts, setting, seconds, latest)
             floors = {dtype: self._floor(dtype, setting.threads) for dtype in self.samplers}
             few = sorted({entry.name for entry in entries if entry.measured and not entry.runs})
             print(f"{setting}: {sum(len(entry.runs) for entry in entries)} runs", flush=True)

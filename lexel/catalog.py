@@ -16,7 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lexel.checkpoints import dotless_copy, read_checkpoint, read_header, save_checkpoint, weight_file
+from lexel.checkpoints import (
+    dotless_copy,
+    read_copy,
+    read_files,
+    read_header,
+    save_checkpoint,
+    weight_file,
+)
 from lexel.errors import LexelError
 from lexel.hub import CONFIG_FILE, mismatches, read_config, resolve_folder
 
@@ -35,7 +42,8 @@ class Layout:
     ignored on reading, written as zeros.
     pointwise: regular expression of our linear weights ``[o, i]`` that the file keeps as ``[o, i, 1, 1]``.
     fused: regular expression of file names that hold several of our tensors (those whose name becomes this
-    one), one behind the other along the first axis in the order of our state dict.
+    one), one behind the other along the first axis in the order of our state dict, or in that of `order`:
+    parts of our names, one in each.
     lacks: regular expression of our tensors that such files do not hold at all (a decoder's); the model is
     then built without them, see `System.as_stored`, so that nothing is ever drawn by random weights.
     """
@@ -47,6 +55,7 @@ class Layout:
     zeros: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     pointwise: str = ""
     fused: str = ""
+    order: tuple[str, ...] = ()
     lacks: str = ""
 
     def name_of(self, key: str) -> str:
@@ -69,6 +78,8 @@ class Layout:
         parts: dict[str, list[str]] = {}
         for key, name in self.names(model).items():
             parts.setdefault(name, []).append(key)
+        for keys in parts.values():
+            keys.sort(key=lambda key: next((i for i, part in enumerate(self.order) if part in key), 0))
         return parts
 
     def shapes(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -172,7 +183,13 @@ class System:
     of a safetensors file, is such a config, which is read, as data, on top of the row's arguments.
     dotless_ema: the file holds a second, averaged copy as ``model_ema.<name without dots>`` (SEED-Voken); key
     "ema" (the default) reads that one, "raw" the other. opens, writes: read a checkpoint (a folder or hub id)
-    and write one, for systems whose checkpoints are folders in a format of their own, transformers'.
+    and write one, for systems whose checkpoints are folders in a format of their own, transformers'; options:
+    what of `config` is passed to `opens` as keywords.
+    files: of checkpoints of several files, the name of each within the folder or repository, and its address
+    where it is published elsewhere (else ""). Their tensors are read as one state dict in which each is
+    called ``file:key``; those are the names that `layouts` and `as_stored` see. optional: of them, files that
+    may be missing; `as_stored` then builds the network without those parts. fit: our config and a file's
+    tensors → the same tensors, those resized that a config may want larger or smaller (a ViT's positions).
     """
 
     name: str
@@ -186,8 +203,12 @@ class System:
     as_stored: Callable[[Any, Container[str]], Any] = lambda config, names: config
     flatten: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
     reads_config: bool = False
-    opens: Callable[[str | Path], Any] | None = None
+    opens: Callable[..., Any] | None = None
     writes: Callable[[Any, str | Path], None] | None = None
+    options: tuple[str, ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
+    optional: tuple[str, ...] = ()
+    fit: Callable[[Any, Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda config, state: state
 
     def known(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """What a reference's config file says of the network; the rest of it (data, training) is left out."""
@@ -256,22 +277,49 @@ def load(
     """The network of a row with its published weights, in eval mode and float32; arguments and errors as for
     `lexel.tokenizers.load_published`."""
     if system.opens is not None:
-        if config or key:
-            raise LexelError(
-                f"{row.name} is a folder with a config.json of its own; give neither config nor key."
+        if key or set(config or {}) - set(system.options):
+            allowed = (
+                f", and of config {', '.join(system.options)} alone" if system.options else " nor config"
             )
-        return system.opens(row.repository if path is None else path)
-    file = Path(path) if path is not None else _fetch(row)
+            raise LexelError(f"{row.name} is a folder with a config.json of its own; give no key{allowed}.")
+        return system.opens(row.repository if path is None else path, **(config or {}))
+    fetched = _fetch_files(system, row) if system.files and path is None else {}
+    file = Path(row.repository) if fetched else Path(path) if path is not None else _fetch(row)
     wanted = system.config(row.arguments, system.stored_config(file), config)
-    state = read_checkpoint(file, key=key, nestings=system.nestings, dotless_ema=system.dotless_ema)
-    built = system.as_stored(wanted, state).build()
-    load_state(built, system, state, file)
+    found = read_files(fetched, key=key, nestings=system.nestings) if fetched else read(system, file, key)
+    state = found[0]
+    stored = system.as_stored(wanted, state)
+    built = stored.build()
+    load_state(built, system, system.fit(stored, state), file)
     return built.eval()
+
+
+def read(system: System, path: str | Path, key: str | None = None) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a local checkpoint of the system under the names that its layouts use, and in words
+    which copy of the weights they are. Raises LexelError for missing, unreadable or hostile files."""
+    if not system.files:
+        return read_copy(path, key=key, nestings=system.nestings, dotless_ema=system.dotless_ema)
+    return read_files(locate(system, path), key=key, nestings=system.nestings)
+
+
+def locate(system: System, path: str | Path) -> dict[str, Path]:
+    """Name → place of the files of a checkpoint of several files. path: their folder, or one of them.
+    Raises LexelError when one is missing that is not optional."""
+    path = Path(path).expanduser()
+    folder = path
+    if path.is_file():
+        within = [name for name in system.files if path.as_posix().endswith(f"/{name}")]
+        folder = path.parents[within[0].count("/")] if within else path.parent
+    found = {name: folder / name for name in system.files if (folder / name).is_file()}
+    if missing := [name for name in system.files if name not in found and name not in system.optional]:
+        raise LexelError(f"{folder} holds no {', '.join(missing)}; a checkpoint of {system.name} needs them.")
+    return found
 
 
 def export(model: Any, system: System, row: Published, path: str | Path) -> None:
     """Write a network's weights in the published layout of a row, as safetensors or as a torch file by the
-    ending of `path`. Raises LexelError when the network is of another family."""
+    ending of `path`; a checkpoint of several files, into the folder `path`. Raises LexelError when the
+    network is of another family."""
     wanted = type(system.config(row.arguments))
     if type(model.config) is not wanted:
         raise LexelError(
@@ -281,6 +329,12 @@ def export(model: Any, system: System, row: Published, path: str | Path) -> None
         system.writes(model, path)
         return
     state = system.layouts[0].export(model)
+    if system.files:
+        for name in system.files:
+            part = {key.removeprefix(f"{name}:"): v for key, v in state.items() if key.startswith(f"{name}:")}
+            if part:
+                save_checkpoint(part, Path(path) / name, system.container)
+        return
     if system.dotless_ema:
         state |= dotless_copy(state)
     save_checkpoint(state, path, system.container)
@@ -298,6 +352,33 @@ def _fetch(row: Published) -> Path:
             f"{row.name}: {row.file} of {row.repository} could not be fetched ({type(error).__name__}); "
             "give a local copy as path."
         ) from error
+
+
+def _fetch_files(system: System, row: Published) -> dict[str, Path]:
+    """Name → place of the files of a row, from the hub and the addresses that the system names."""
+    from huggingface_hub import hf_hub_download
+
+    found = {}
+    for name, address in system.files.items():
+        try:
+            found[name] = _download(address) if address else Path(hf_hub_download(row.repository, name))
+        except Exception as error:  # the hub client raises a wide family: offline, not found, gated, bad name
+            if name in system.optional and type(error).__name__ == "EntryNotFoundError":
+                continue
+            raise LexelError(
+                f"{row.name}: {address or f'{name} of {row.repository}'} could not be fetched "
+                f"({type(error).__name__}); give a folder with local copies as path."
+            ) from error
+    return found
+
+
+def _download(address: str) -> Path:
+    """A file of the web, kept beside what PyTorch downloads."""
+    target = Path(torch.hub.get_dir()) / "checkpoints" / address.rsplit("/", 1)[-1]
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(address, str(target))
+    return target
 
 
 def _matches(pattern: str, key: str) -> bool:

@@ -31,6 +31,7 @@ WRAPPERS = ("module.", "_orig_mod.")
 EMA_PREFIX = "model_ema."
 # Plain records that training scripts leave in their files; harmless to construct.
 SAFE_CLASSES = (argparse.Namespace,)
+YAML_WORDS = {"true": True, "false": False, "null": None}
 
 
 def read_checkpoint(
@@ -66,6 +67,20 @@ def read_copy(
     return _choose_ema(state, key, path), f"{copy}, {'averaged (EMA)' if averaged else 'raw'}"
 
 
+def read_files(
+    paths: Mapping[str, Path], *, key: str | None, nestings: Sequence[str]
+) -> tuple[dict[str, Tensor], str]:
+    """The tensors of several files as one state dict, each called ``name:key`` by the name of its file in
+    `paths`, and in words which copies they are. Raises LexelError as `read_checkpoint` does."""
+    state: dict[str, Tensor] = {}
+    copies = []
+    for name, path in paths.items():
+        tensors, copy = read_copy(path, key=key, nestings=nestings, dotless_ema=False)
+        state |= {f"{name}:{own}": value for own, value in tensors.items()}
+        copies.append(f"{name} {copy}")
+    return state, ", ".join(copies)
+
+
 def weight_file(path: Path) -> Path:
     """The file itself, or the one that holds a folder's weights (an index for sharded ones).
     Raises LexelError when there is none or the choice is not clear."""
@@ -93,8 +108,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """What the header of a safetensors file says beside its tensors: strings, read as Python literals where
-    they are ones (never evaluated). Empty for another or a damaged file."""
+    """What the header of a safetensors file says beside its tensors: strings, read as Python or YAML literals
+    where they are ones (never evaluated). Empty for another or a damaged file."""
     if path.suffix != ".safetensors":
         return {}
     try:
@@ -106,6 +121,8 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def _literal(text: str) -> Any:
+    if text in YAML_WORDS:
+        return YAML_WORDS[text]
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):

@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lexel.tokenizers.layout import CodeLayout
+from lexel.tokenizers.layout import EMPTY, CodeLayout
 from lexel.types import Codes, TokenBatch
 from lexel.vocabulary import Vocabulary
 
@@ -257,9 +257,9 @@ class DocumentCodec:
         if len(flat) != 1:
             raise ValueError(f"an Image holds the codes of one picture, got a batch of {len(flat)}.")
         ids = self.vocabulary.to_ids(flat, layout, segment.modality)[0].tolist()
-        used = layout.steps
-        if segment.codes.lengths is not None:
-            used = layout.steps_for(int(segment.codes.lengths[0]))
+        written = (flat[0] != EMPTY).any(dim=1).tolist()
+        length = layout.positions if segment.codes.lengths is None else int(segment.codes.lengths[0])
+        used = layout.steps_for(length) if layout.flexible else layout.steps
         for number, token in enumerate(opening):
             # Only <boi> is a decision of the model; what else opens a picture follows from its size.
             writer.special(token, loss=loss and number == 0 and writer.supervise_opening)
@@ -267,10 +267,14 @@ class DocumentCodec:
         for slot in slots:
             if slot.step is None:
                 writer.append([slot.fixed or 0], modality, slot.row, slot.column, loss)
-            elif slot.step < used:
-                writer.append(ids[slot.step], modality, slot.row, slot.column, loss)
-        # A flexible picture's end stands where the next code would have stood.
-        early = slots[used] if used < len(slots) and layout.flexible else Slot(None, None, 0, 0)
+            elif written[slot.step]:
+                # What ends a stream stands where its next code would have stood.
+                turn = layout.streams and slot.step == layout.positions and length < layout.positions
+                at = slots[length] if turn else slot
+                writer.append(ids[slot.step], modality, at.row, at.column, loss)
+        # A flexible picture's end, too; behind streams it is certain.
+        ends = layout.flexible and not layout.streams and used < len(slots)
+        early = slots[used] if ends else Slot(None, None, 0, 0)
         for token in closing:
             writer.append([token], modality, early.row, early.column, loss)
 
@@ -325,6 +329,8 @@ class DocumentCodec:
             if index < len(rows) and layout.flexible and int(rows[index, 0]) == closing[0]:
                 break
             if index >= len(rows):
+                if layout.streams and layout.flexible and codes:
+                    break  # the length of the first stream told the end
                 raise ValueError(f"the {modality} ends after {len(codes)} of {layout.steps} codes.")
             if slot.step is not None:
                 codes.append(rows[index])
@@ -399,12 +405,14 @@ class Writer:
 @dataclass(frozen=True)
 class State:
     """Where a sequence being generated stands: which plan entry, which slot of its picture (or how many text
-    tokens), and the index of the next token in the document."""
+    tokens), and the index of the next token in the document. length: positions of a sound written in streams
+    (`CodeLayout.streams`), once the second one tells that it is shorter than the layout."""
 
     segment: int
     slot: int
     index: int
     modality: str
+    length: int | None = None
 
 
 class Grammar:
@@ -413,7 +421,9 @@ class Grammar:
     Text may run to `text_limit` tokens and is closed by what comes after it (``<eos>``, or the opening of
     the next picture). A picture's codes come from exactly the codebook its layout expects at that step. The
     end of a final picture needs no token: generation is done with its last code (flexible pictures may also
-    end with ``<eoi>``). States are small, hashable and immutable: rolling back is keeping an old state.
+    end with ``<eoi>``; where codebooks are written one after the other, the first code of the second one ends
+    the first, and the others are as long). States are small, hashable and immutable: rolling back is keeping
+    an old state.
     """
 
     def __init__(self, codec: DocumentCodec, plan: Sequence[str], *, text_limit: int = 256) -> None:
@@ -467,9 +477,16 @@ class Grammar:
         slot, layout = self._slot(state), self.codec.layouts.get(state.modality)
         return bool(slot is not None and slot.step and layout is not None and layout.may_end(slot.step))
 
+    def _may_turn(self, state: State) -> bool:
+        """Whether the second stream of a flexible sound may begin instead of the next code of the first."""
+        slot, layout = self._slot(state), self.codec.layouts.get(state.modality)
+        if slot is None or slot.step is None or layout is None or not (layout.streams and layout.flexible):
+            return False
+        return 0 < slot.step < layout.positions
+
     def branches(self, state: State) -> bool:
         """Whether the state after the next token depends on which of the allowed ids it is."""
-        return state.modality == "text" or self._may_end(state)
+        return state.modality == "text" or self._may_end(state) or self._may_turn(state)
 
     def allowed(self, state: State) -> Tensor:
         """Bool ``[v]``: ids that may come next (for k columns: in column 0). Cached; do not modify.
@@ -494,7 +511,8 @@ class Grammar:
             return ("fixed", slot.fixed)
         layout = self.codec.layouts[state.modality]
         closing = self.codec._of(state.modality)[2][0] if self._may_end(state) else None
-        return ("code", state.modality, layout.allowed(slot.step)[0], closing)
+        codebook = layout.allowed(slot.step)[0]
+        return ("code", state.modality, codebook, closing, 1 if self._may_turn(state) else None)
 
     def _pending(self, state: State) -> int:
         """The certain id before (slot < 0) or after (slot past the end) a picture's slots."""
@@ -517,6 +535,8 @@ class Grammar:
             mask[vocabulary.block(key[1], key[2])] = True
             if key[3] is not None:
                 mask[key[3]] = True
+            if key[4] is not None:
+                mask[vocabulary.block(key[1], key[4])] = True
         return mask
 
     def columns(self, state: State) -> tuple[int | None, ...]:
@@ -538,13 +558,28 @@ class Grammar:
                 return State(state.segment, state.slot + 1, index, "text")
             return self._enter(state.segment + 1, index, skip=1)
         _, slots, closing = self.codec._of(state.modality)
-        slot = state.slot + 1
+        slot, length = state.slot + 1, state.length
         if self._may_end(state) and token == closing[0]:
             slot = len(slots) + 1
+        elif self._slot(state) is not None and self.codec.layouts[state.modality].streams:
+            slot, length = self._next_in_streams(state, token)
         last = state.segment == len(self.plan) - 1
         if slot >= len(slots) + len(closing) or (slot >= len(slots) and last):
             return self._enter(state.segment + 1, index, skip=0)
-        return State(state.segment, slot, index, state.modality)
+        return State(state.segment, slot, index, state.modality, length)
+
+    def _next_in_streams(self, state: State, token: int) -> tuple[int, int | None]:
+        """The slot after `token`, and the sound's length where it is known to be shorter than the layout."""
+        layout, slot, length = self.codec.layouts[state.modality], state.slot, state.length
+        second = ("second stream", state.modality)
+        if second not in self._masks:
+            self._masks[second] = self.codec.vocabulary.mask(state.modality, 1)
+        if self._may_turn(state) and bool(self._masks[second][token]):
+            slot, length = layout.positions, state.slot
+        stream, place = divmod(slot, layout.positions)
+        if length is not None and place + 1 == length:
+            return (stream + 1) * layout.positions, length
+        return slot + 1, length
 
     def _enter(self, segment: int, index: int, *, skip: int) -> State:
         """The start of plan entry `segment`; `skip` of its opening ids are already written."""

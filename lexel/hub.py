@@ -106,10 +106,11 @@ class Pretrained(ModelHubMixin):
     """Mixin of every Lexel network: `save_pretrained`, `from_pretrained`, `push_to_hub`, `fingerprint`.
 
     A subclass is an `nn.Module` built as ``cls(config)`` that sets `self.config` and declares its
-    `config_class` and `model_type`.
+    `config_class` and `model_type`; former_types: names under which folders of earlier versions know it.
     """
 
     model_type: ClassVar[str]
+    former_types: ClassVar[tuple[str, ...]] = ()
     config_class: ClassVar[type]
     config: Any
 
@@ -136,7 +137,7 @@ class Pretrained(ModelHubMixin):
         folder = resolve_folder(name)
         values = read_config(folder)
         found = values.pop("model_type", None)
-        if found != cls.model_type:
+        if found not in (cls.model_type, *cls.former_types):
             raise LexelError(f"{folder} holds a {found!r} model, not {cls.model_type!r}.")
         model = cls(decode_config(cls.config_class, values))
         load_weights(_module(model), folder / WEIGHTS_FILE)

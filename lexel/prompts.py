@@ -223,10 +223,11 @@ def published_codec(
 ) -> PromptCodec:
     """The codec of a published model (a name of `FORMATS`) from its text tokenizer. layouts: of the
     modalities to be used, one codebook each: a raster for Liquid, Chameleon and Janus, one with
-    ``row_end=True`` for Emu3, 32 codes for SEED-LLaMA and MIO, a flexible line for LaVIT and for MIO's speech
-    (4096 codes, see `join_streams`).
+    ``row_end=True`` for Emu3, 32 codes for SEED-LLaMA and MIO, a flexible line for LaVIT. MIO's speech:
+    a flexible line of four codebooks of 1024 codes in the sequential pattern, whose grammar keeps the streams
+    in order and equally long, or one of 4096 codes (see `join_streams`).
     Raises ValueError for an unknown name, absent entries, or other codebooks."""
-    sizes = {modality: layout.codebook_sizes[0] for modality, layout in layouts.items()}
+    sizes = {modality: layout.codebook_sizes for modality, layout in layouts.items()}
     publisher = FORMATS[name].publisher if name in FORMATS else None
     vocabulary = published_vocabulary(publisher or name, text_tokenizer.get_vocab(), sizes)
     return PromptCodec(replace(vocabulary, forms=name), text_tokenizer, layouts)

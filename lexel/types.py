@@ -46,7 +46,8 @@ class Codes:
     indices: long ``[b, n, k]``, k codebooks per position (VQ 1, factorized 2-3, residual depth).
     grid: ``(h, w)`` of raster tokenizers, row-major, ``n == h * w``.
     scales: ``((h, w), ...)`` of multi-scale tokenizers, coarse first, ``n == sum(h * w)``.
-    frames: latent frames of a clip, time before rows and columns: ``n == frames * h * w``.
+    frames: latent frames of a clip, time before rows and columns: ``n == frames * h * w`` (codes without a
+    place in the clip, LARP's, have no grid and any number).
     lengths: long ``[b]``, codes in use per row for flexible 1D tokenizers; the rest is ignored.
     keep: bool ``[b, n]``, positions kept by a dynamic selector (LaVIT).
     Raises ValueError when a shape or dtype disagrees.
@@ -123,7 +124,8 @@ class QuantizerOutput:
 class TokenizerOutput:
     """What a tokenizer's training forward returns: reconstruction ``[b, 3, h, w]`` in about
     [-1, 1], the codes, the quantizer's output and the encoder's latents ``[b, n, d]``; features: by branch
-    of the tokenizer, tokens ``[b, l, f]`` whose first one a teacher supervises (empty where none does)."""
+    of the tokenizer, tokens ``[b, l, f]`` that a teacher supervises: the first one (FQGAN) or each
+    (TokenFlow); empty where none does."""
 
     reconstruction: Tensor
     codes: Codes
@@ -189,12 +191,14 @@ class LMOutput:
     """logits: float ``[b, l, v]`` for the next position's first column; hidden: ``[b, l, d]`` after the
     final norm; code_logits: for k codes per position, the k-1 further columns, ``[b, l, K_j]`` over the
     codebook's own indices (column j given the true columns before it); future_logits: of the tokens after the
-    next one, nearest first, ``[b, l, v]`` each, where they were asked for."""
+    next one, nearest first, ``[b, l, v]`` each, where they were asked for; future_code_logits: of their
+    further columns, like code_logits."""
 
     logits: Tensor
     hidden: Tensor
     code_logits: tuple[Tensor, ...] = ()
     future_logits: tuple[Tensor, ...] = ()
+    future_code_logits: tuple[tuple[Tensor, ...], ...] = ()
 
 
 @dataclass(frozen=True)

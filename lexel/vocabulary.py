@@ -209,6 +209,9 @@ class Vocabulary:
         """Index expressions into ``[b, t, c]`` and the codebook that each addresses."""
         if layout.pattern == "interleaved":
             return [((slice(None), slice(j, steps, layout.k)), j) for j in range(layout.k)]
+        if layout.pattern == "sequential":
+            each = steps // layout.k if layout.flexible else layout.positions
+            return [((slice(None), slice(j * each, (j + 1) * each)), j) for j in range(layout.k)]
         return [((slice(None), slice(None), j), j) for j in range(layout.k)]
 
     def modality_of(self, ids: Tensor) -> Tensor:
@@ -282,19 +285,18 @@ class Vocabulary:
 
 
 def named_block(
-    entries: Mapping[str, int], modality: str, codebook: int, size: int, name_format: str
+    entries: Mapping[str, int], modality: str, codebook: int, size: int, name_format: str, first: int = 0
 ) -> CodeBlock:
     """A block whose ids are looked up by name in a text tokenizer's vocabulary (form 2), e.g.
-    ``named_block(tokenizer.get_vocab(), "image", 0, 8192, "<img{}>")`` for MIO.
-    Raises ValueError naming the first absent entry."""
-    names = [name_format.format(code) for code in range(size)]
+    ``named_block(tokenizer.get_vocab(), "image", 0, 8192, "<img{}>")`` for MIO. first: number of code 0 in
+    the names. Raises ValueError naming the first absent entry."""
+    names = [name_format.format(first + code) for code in range(size)]
     if absent := [name for name in names if name not in entries]:
         raise ValueError(
             f"the text tokenizer has no entry {absent[0]!r} ({len(absent)} of {size} are absent)."
         )
-    return CodeBlock(
-        modality, codebook, size, table=tuple(entries[n] for n in names), name_format=name_format
-    )
+    table = tuple(entries[name] for name in names)
+    return CodeBlock(modality, codebook, size, table=table, name_format="" if first else name_format)
 
 
 def _begin(modality: str) -> str:
@@ -444,13 +446,15 @@ PUBLISHERS: dict[str, Publisher] = {
 
 
 def published_vocabulary(
-    name: str, entries: Mapping[str, int], sizes: Mapping[str, int] | None = None
+    name: str, entries: Mapping[str, int], sizes: Mapping[str, int | Sequence[int]] | None = None
 ) -> Vocabulary:
     """The vocabulary of a published model from its text tokenizer.
 
     name: liquid, emu3, chameleon, seed_llama, lavit, mio or janus. entries: token text → id, a transformers
-    tokenizer's ``get_vocab()``. sizes: modality → number of codes where it is not the published one.
-    Raises ValueError for another name and for entries that the tokenizer lacks.
+    tokenizer's ``get_vocab()``. sizes: modality → number of codes where it is not the published one; of
+    named entries also several, one codebook's names behind the other's (MIO's speech as four of 1024).
+    Raises ValueError for another name, for entries that the tokenizer lacks, and for several codebooks of
+    codes without names.
     """
     if name not in PUBLISHERS:
         raise ValueError(f"no published vocabulary {name!r}; known: {', '.join(PUBLISHERS)}.")
@@ -464,14 +468,20 @@ def published_vocabulary(
     special |= {role: text_size + i for i, role in enumerate(publisher.behind)}
     offset, blocks = text_size + len(publisher.behind), []
     for modality, (published, text) in publisher.codes.items():
-        size = (sizes or {}).get(modality, published)
+        given = (sizes or {}).get(modality, published)
+        books = (given,) if isinstance(given, int) else tuple(given)
+        size, named = books[0], text not in (None, "IMGIMG")
+        if len(books) > 1 and not named:
+            raise ValueError(f"{name} has one codebook of {modality}, not {len(books)}.")
         if text is None:
             blocks.append(CodeBlock(modality, 0, size, offset))
             offset += size
         elif text == "IMGIMG":
             blocks.append(_chameleon_block(entries, size))
         else:
-            blocks.append(named_block(entries, modality, 0, size, text))
+            blocks += [
+                named_block(entries, modality, j, size, text, sum(books[:j])) for j, size in enumerate(books)
+            ]
     return Vocabulary(text_size, special, tuple(blocks), publisher.separate, publisher.null, forms=name)
 
 

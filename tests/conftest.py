@@ -33,7 +33,7 @@ def build_tiny_pipeline(family: str = "vq", *, seed: int = 0) -> Pipeline:
     from lexel.data.text_tokenizer import train_text_tokenizer
     from lexel.document import DocumentCodec
     from lexel.models.causal_lm import CausalLMConfig
-    from lexel.models.detokenizers.flow import FlowDetokenizerConfig
+    from lexel.models.detokenizers.diffusion import DiffusionDetokenizerConfig
     from lexel.sample.bundle import DecodingConfig
     from lexel.sample.pipeline import Pipeline
     from lexel.vocabulary import Vocabulary
@@ -52,7 +52,7 @@ def build_tiny_pipeline(family: str = "vq", *, seed: int = 0) -> Pipeline:
         parts: dict[str, Any] = {}
         if family == "vq":
             parts["drafter"] = CausalLMConfig(**sizes, layers=1).build().eval()
-            parts["detokenizer"] = FlowDetokenizerConfig(
+            parts["detokenizer"] = DiffusionDetokenizerConfig(
                 (16,), grid=(4, 4), patch=4, channels=(8, 16), condition_dim=16
             ).build().eval()  # fmt: skip
         lm = CausalLMConfig(**sizes, layers=2, ffn_widths=(0.5, 1.0)).build()

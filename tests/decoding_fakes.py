@@ -51,9 +51,8 @@ RASTER = CodeLayout((6,), grid=(2, 3))
 def model(codec, seed=0, dtype=torch.float64, scale=0.4, **options):
     """A random model whose distributions are far from uniform, in eval mode."""
     vocabulary, layout = codec.vocabulary, codec.layouts["image"]
-    if layout.columns == 1:
-        options = {"future_heads": 2} | options
-    else:
+    options = {"future_heads": 2} | options
+    if layout.columns > 1:
         offsets = tuple(int(vocabulary.block("image", j)[0]) for j in range(layout.k))
         options = {
             "head": "factorized",
@@ -157,7 +156,7 @@ def little(kit, like):
 def table(kit):
     """A random table of neighbours."""
     layout = kit.layouts["image"]
-    built = NeighbourTableConfig((layout.codebook_sizes[0],), layout.grid, layout.length).build()
+    built = NeighbourTableConfig(layout.codebook_sizes, layout.grid, layout.length).build()
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for parameter in built.parameters():
@@ -202,9 +201,9 @@ DRAFTERS = {
     "eagle-tree": lambda lm, kit, window: EagleTreeDrafter(lm, eagle(lm), window, 2, 5),
     "eagle-static": lambda lm, kit, window: EagleStaticDrafter(lm, eagle(lm), BRANCHED.clipped(window)),
 }
-# Those that draft several codes per position.
-SEVERAL_CODES = [name for name in DRAFTERS if name.split("-")[0] not in ("pac", "heads", "table", "eagle")]
-SEVERAL_CODES.remove("jacobi-table")
+# Those that draft several codes per position; of codes that are delayed all but the table.
+SEVERAL_CODES = [name for name in DRAFTERS if name.split("-")[0] not in ("pac", "eagle")]
+DELAYED_CODES = [name for name in SEVERAL_CODES if name != "table"]
 # Gumbel noise is compared as a whole vector, which cannot be split into a few outcomes.
 COUNTABLE = [name for name in DRAFTERS if not name.startswith("gumbel")]
 

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from hydra import compose, initialize_config_module
-
-import lexel.train.cli
 from lexel.train.chain import run_chain
+from lexel.train.cli import settings_of as resolved
 from lexel.train.settings import Run
 
-
-def resolved(*overrides: str) -> Run:
-    """The settings of ``lexel-train OVERRIDES``."""
-    with initialize_config_module("lexel.conf", version_base="1.3"):
-        return lexel.train.cli.resolve(compose("train", overrides=list(overrides)))
+__all__ = ["resolved", "train"]
 
 
 def train(*overrides: str) -> Run:

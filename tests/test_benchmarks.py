@@ -241,6 +241,10 @@ def test_races_are_interleaved_and_keep_to_their_time() -> None:
     race(entries, Numbers(), Setting(1, 1, True), 0.3)  # type: ignore[arg-type]
     assert order[:9] == [(n, r) for r, names in enumerate(("abc", "abc", "cba")) for n in names]
     assert 0 not in entries[0].runs, "the first run does not count"
+    order.clear()
+    late = [entry("plain", True, 0.0), entry("a", True, 0.0)]
+    race(late, Numbers(), Setting(1, 1, True), 0.0, latest=time.perf_counter())  # type: ignore[arg-type]
+    assert order == [("plain", 0)], "and after the latest moment only what the rest is compared with"
 
 
 def test_ratios_and_costs() -> None:
@@ -335,3 +339,75 @@ def test_train_lm_refuses_models_that_differ() -> None:
         contest.lm.lm_head.weight.mul_(30)
     with pytest.raises(LexelError, match="the models are not the same"):
         contest.check()
+
+
+def test_teacher(capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks.teacher import main
+    from lexel.train.objectives.teachers import VisionTeacher
+
+    main(["--quick", "--out", "teacher", "--json", "t.json"])
+    found = _json("t.json")["zero_shot"]
+    assert found.keys() == {"one", "unseen"}
+    assert all(0 <= share <= 1 for row in found.values() for share in row.values())
+    assert "colour" in capsys.readouterr().out
+    seen = VisionTeacher("teacher", output="embedding")
+    assert seen.size == 32
+    assert seen.mean.unique().tolist() == [0.5]
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert seen(pixels).shape == (2, 64)
+    assert VisionTeacher("teacher", output="patches", layer=-2)(pixels).shape == (2, 16, 128)
+
+
+@pytest.mark.slow
+def test_understanding(capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks.understanding import main
+
+    main(["--quick", "--json", "u.json", "--out", "u"])
+    rows = _json("u.json")["candidates"]
+    assert list(rows) == ["teacher, not rounded", "pixels", "semantic", "both"]
+    assert "captions" not in rows["teacher, not rounded"]
+    for name in ("pixels", "semantic", "both"):
+        assert (rows[name]["positions"], rows[name]["codes"]) == (16, [256])
+        assert rows[name]["nats"] > 0
+    assert "unseen pairs" in capsys.readouterr().out
+
+
+def test_a_probe_reads_what_is_there_and_nothing_else() -> None:
+    from benchmarks.teacher import easy_scenes
+    from benchmarks.understanding import probe, probe_examples
+
+    examples = probe_examples(easy_scenes(32, 100), 600, 100)
+    brightness = probe(lambda pixels: pixels.mean((2, 3))[:, None], examples)
+    assert brightness["place"] < 0.3, "the mean colour says nothing of the place"
+    assert brightness["color"] > 0.8
+    nothing = probe(lambda pixels: torch.zeros(len(pixels), 1, 4), examples)
+    assert nothing["both"] < 0.2
+
+
+def test_larp_prior(capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks.larp_prior import entropy, main
+
+    main(["--quick", "--json", "l.json"])
+    rows = _json("l.json")["runs"]
+    assert [row["weight"] for row in rows] == [0.06, 0.0]
+    assert all(row["nll"] > 0 and 0 <= row["unigram"] <= math.log(256) for row in rows)
+    assert "NLL per code" in capsys.readouterr().out
+    assert entropy(torch.tensor([[0, 0], [1, 1]]), 4) == pytest.approx(math.log(2))
+
+
+@pytest.mark.slow
+def test_detokenizers(capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks.detokenizers import main
+
+    main(["--quick", "--families", "raster", "--out", "out", "--json", "a.json"])
+    rows = _json("a.json")["families"]["raster"]
+    drawn = [f"{name}, {steps} steps" for name in ("detokenizer", "distilled") for steps in (1, 2)]
+    assert list(rows) == ["own decoder", *drawn]
+    for row in rows.values():
+        assert 0 < row["psnr"] < 30
+        assert 0 <= row["accuracy"] <= 1
+        assert row["frechet"] > 0
+        assert row["pictures_per_second"] > 0
+    assert "| distilled, 2 steps" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no family 'cubist'; there are raster"):
+        main(["--quick", "--families", "cubist"])

@@ -15,8 +15,8 @@ import torch
 from conftest import build_tiny_pipeline, full_disk
 from PIL import Image as PictureFile
 
-from lexel import cli
 from lexel.cli import build_parser, main
+from lexel.cli.output import save_picture
 from lexel.data.images import to_image
 
 COMMANDS = ("sample", "draw", "describe", "reconstruct", "tokenize", "evaluate", "demo")
@@ -72,7 +72,7 @@ class TestCommands:
 
     def test_stream_writes_the_pictures_while_they_are_drawn(self, bundle, tmp_path, capsys, monkeypatch):
         seen: list[np.ndarray] = []
-        save = cli._save_picture
+        save = save_picture
 
         def saved(pixels, path):
             save(pixels, path)
@@ -81,7 +81,7 @@ class TestCommands:
 
         arguments = ["sample", "a", *bundle, "--count", "2", "--seed", "3", "--decoding", "plain"]
         assert main([*arguments, "--out", str(tmp_path / "plain"), "--batch-size", "1"]) == 0
-        monkeypatch.setattr(cli, "_save_picture", saved)
+        monkeypatch.setattr("lexel.cli.sample.save_picture", saved)
         out = tmp_path / "streamed"
         assert main([*arguments, "--out", str(out), "--batch-size", "1", "--stream"]) == 0
         assert (seen[0][8:] == 128).all(), "the first row of codes, grey below"

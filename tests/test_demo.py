@@ -7,6 +7,8 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -56,12 +58,14 @@ def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def server(bundle: Path):
+@contextmanager
+def serving(bundle: Path, *options: str) -> Iterator[str]:
+    """The address of the page of a bundle, while it is up."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "lexel.cli", "demo", "--bundle", str(bundle), "--port", str(port)]
+    command += options
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:  # blocks until the page is up, ends when the process dies
             if f":{port}" in line:
@@ -71,6 +75,12 @@ def server(bundle: Path):
         finally:
             process.terminate()
             process.wait(10)
+
+
+@pytest.fixture
+def server(bundle: Path):
+    with serving(bundle) as url:
+        yield url
 
 
 def test_page_draws_describes_and_reconstructs(server: str, tiny_pipeline, tmp_path: Path):
@@ -168,7 +178,105 @@ def test_each_tokenizer_of_a_bundle_has_its_own_number_of_tokens(bundle: Path):
 
     actions = _Actions(Pipeline.from_pretrained(bundle))
     assert list(actions.tokenizers) == [OWN, "short"]
-    length, detokenizer = actions.choose("short")
+    length, detokenizer, steps = actions.choose("short")
     assert (length.maximum, length.value, length.visible, detokenizer.visible) == (6, 6, True, False)
-    length, detokenizer = actions.choose(OWN)
+    assert not steps.visible
+    length, detokenizer, _ = actions.choose(OWN)
     assert (length.maximum, length.visible, detokenizer.visible) == (16, False, True)
+
+
+# Clips and sounds
+
+
+@pytest.fixture(scope="module")
+def further():
+    """A tokenizer of clips and one of sounds, tiny and untrained."""
+    from lexel.tokenizers.emu3 import Emu3Config
+    from lexel.tokenizers.quantizers import QuantizerConfig
+    from lexel.tokenizers.sound import SoundConfig
+
+    torch.manual_seed(0)
+    learned = QuantizerConfig("learned", codebook_size=16, cosine=False, entropy=0.0)
+    sizes = {"channels": 32, "channel_mult": (1, 1), "res_blocks": 1, "attention_stages": (), "latent": 2}
+    clips = Emu3Config(image_size=16, **sizes, quantizer=learned).build().eval()
+    dac = {"encoder_hidden_size": 4, "downsampling_ratios": [2, 5], "decoder_hidden_size": 16}
+    dac |= {"n_codebooks": 4, "codebook_size": 8, "codebook_dim": 2, "sampling_rate": 8000}
+    return {"clips": clips, "sounds": SoundConfig({"model_type": "dac", **dac}).build().eval()}
+
+
+MEDIA_CLIENT = """
+import json, sys
+from gradio_client import Client, handle_file
+url, clip, sound = sys.argv[1:]
+client = Client(url, verbose=False)
+tabs = [one["props"]["label"] for one in client.config["components"] if one["type"] == "tabitem"]
+path = lambda given: given["video"] if isinstance(given, dict) else given
+seen, rebuilt, line = client.predict(handle_file(clip), 6, "clips", api_name="/clip")
+heard, found, codes, told = client.predict(handle_file(sound), "sounds", api_name="/sound")
+print(json.dumps({
+    "tabs": tabs, "seen": path(seen), "rebuilt": path(rebuilt), "line": line,
+    "heard": heard, "found": found, "codes": codes, "told": told,
+}))
+"""
+
+
+def test_page_with_tokenizers_of_clips_and_sounds(further, tiny_bundle: Path, tmp_path: Path):
+    from lexel.data.media import read_clip, read_wave, write_clip, write_wave
+
+    for name, one in further.items():
+        one.save_pretrained(tmp_path / name)
+    write_clip(torch.rand(9, 3, 16, 16) * 2 - 1, tmp_path / "clip.mp4", 10)
+    write_wave(0.5 * torch.sin(torch.arange(4000) / 9)[None], tmp_path / "tone.wav", 8000)
+    with serving(tiny_bundle, "--tokenizer", str(tmp_path / "clips"), str(tmp_path / "sounds")) as url:
+        files = [str(tmp_path / "clip.mp4"), str(tmp_path / "tone.wav")]
+        done = subprocess.run(
+            [sys.executable, "-c", MEDIA_CLIENT, url, *files], capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert answer["tabs"] == ["Draw", "Describe", "Reconstruct", "Clips", "Sounds"]
+    assert answer["line"] == "4 frames, 64 tokens"
+    assert read_clip(answer["seen"]).shape == read_clip(answer["rebuilt"]).shape == (4, 3, 256, 256)
+    wave = read_wave(tmp_path / "tone.wav", 8000)
+    assert float((read_wave(answer["heard"], 8000) - wave).abs().max()) < 1e-3
+    assert read_wave(answer["found"], 8000).shape == wave.shape
+    assert answer["told"] == "400 tokens of 4 codes, 9.6 kilobits a second"
+
+
+def test_clips_and_sounds_through_the_page(further, tmp_path: Path):
+    import gradio as gr
+
+    from lexel.data.media import read_clip, read_wave, write_clip, write_wave
+    from lexel.sample.demo import _Actions
+
+    actions = _Actions(build_tiny_pipeline(), further)
+    write_clip(torch.rand(9, 3, 16, 16) * 2 - 1, tmp_path / "clip.mp4", 10)
+    seen, rebuilt, line = actions.reconstruct_clip(str(tmp_path / "clip.mp4"), 6, "clips")
+    assert line == "4 frames, 64 tokens"
+    assert read_clip(seen).shape == read_clip(rebuilt).shape == (4, 3, 256, 256)
+
+    write_wave(0.5 * torch.sin(torch.arange(4000) / 9)[None], tmp_path / "tone.wav", 8000)
+    heard, found, codes, line = actions.reconstruct_sound(str(tmp_path / "tone.wav"), "sounds")
+    assert heard[0] == found[0] == 8000
+    assert np.abs(heard[1] / 32767 - read_wave(tmp_path / "tone.wav", 8000)[0].numpy()).max() < 1e-4
+    assert found[1].shape == (4000,)
+    assert codes.size[0] > 0
+    assert line == "400 tokens of 4 codes, 9.6 kilobits a second"
+
+    for act in (
+        lambda: actions.reconstruct_clip(None, 4, "clips"),
+        lambda: actions.reconstruct_sound(None, "sounds"),
+    ):
+        with pytest.raises(gr.Error, match="first"):
+            act()
+    with pytest.raises(gr.Error, match="too short"):
+        actions.reconstruct_clip(str(tmp_path / "clip.mp4"), 2, "clips")
+
+
+def test_steps_are_of_samplers_only(monkeypatch):
+    from lexel.sample.demo import OWN, _Actions
+
+    pipe = build_tiny_pipeline()
+    assert not _Actions(pipe).choose(OWN)[2].visible
+    monkeypatch.setattr(type(pipe.tokenizer), "decodes_in_steps", True)
+    assert _Actions(pipe).choose(OWN)[2].visible

@@ -50,6 +50,19 @@ CODECS = {
         Letters(),
         {"image": CodeLayout((3, 5), grid=(2, 2), pattern="delayed")},
     ),
+    "sequential": DocumentCodec(
+        Vocabulary.build(SIZE, {"image": (3, 5)}),
+        Letters(),
+        {"image": CodeLayout((3, 5), grid=(2, 2), pattern="sequential")},
+    ),
+    "streams": DocumentCodec(
+        Vocabulary.build(SIZE, {"image": (3, 5, 4), "sound": (7,)}),
+        Letters(),
+        {
+            "image": CodeLayout((3, 5, 4), length=4, flexible=True, pattern="sequential"),
+            "sound": CodeLayout((7,), length=3, flexible=True, pattern="sequential"),
+        },
+    ),
     "two": DocumentCodec(
         Vocabulary.build(SIZE, {"image": (7,), "depth": (4,)}),
         Letters(),

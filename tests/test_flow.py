@@ -5,15 +5,15 @@ import torch
 
 from lexel.errors import LexelError
 from lexel.models.detokenizers import from_pretrained
-from lexel.models.detokenizers.flow import FlowDetokenizer, FlowDetokenizerConfig
+from lexel.models.detokenizers.diffusion import DiffusionDetokenizer, DiffusionDetokenizerConfig
 from lexel.nn.flow import integrate
 from lexel.types import Codes
 
 SIZES = {"patch": 2, "channels": (8, 16), "condition_dim": 16, "image_size": (16, 16)}
 CONFIGS = {
-    "raster": FlowDetokenizerConfig((7,), (4, 4), **SIZES),
-    "two": FlowDetokenizerConfig((7, 5), (2, 2), **SIZES),
-    "line": FlowDetokenizerConfig((7,), (4, 4), length=6, **SIZES),
+    "raster": DiffusionDetokenizerConfig((7,), (4, 4), **SIZES),
+    "two": DiffusionDetokenizerConfig((7, 5), (2, 2), **SIZES),
+    "line": DiffusionDetokenizerConfig((7,), (4, 4), length=6, **SIZES),
 }
 
 
@@ -114,9 +114,9 @@ def test_unused_codes_of_a_shorter_line_do_not_matter():
 
 def test_guidance_extrapolates_from_the_null_condition():
     net, noise = build(), torch.randn(3, 3, 16, 16, generator=seeded(1)) * 0.1
-    condition, times = net.codes(codes()), torch.ones(3)
-    given = net.denoise(noise, times, condition)
-    free = net.denoise(noise, times, net.null.expand_as(condition))
+    given_codes, times = net.given(codes()), torch.ones(3)
+    given = net.denoise(noise, times, given_codes)
+    free = net.denoise(noise, times, net.nothing(given_codes))
     expected = (free + 2.5 * (given - free)).clamp(-1, 1)
     torch.testing.assert_close(net.decode(codes(), steps=1, guidance=2.5, noise=noise), expected)
     plain = net.decode(codes(), steps=1, noise=noise)
@@ -129,7 +129,7 @@ def test_the_loss_is_the_velocitys_squared_error():
     noise, times = torch.randn(3, 3, 16, 16, generator=seeded(4)), torch.tensor([0.1, 0.5, 0.9])
     t = times[:, None, None, None]
     noisy = (1 - t) * pixels + t * noise
-    clean = net.denoise(noisy, times, net.codes(codes()))
+    clean = net.denoise(noisy, times, net.given(codes()))
     loss, metrics = net.loss(pixels, codes(), noise=noise, times=times)
     torch.testing.assert_close(loss, ((noisy - clean) / t - (noise - pixels)).square().mean())
     torch.testing.assert_close(metrics["x0_mse"], (clean - pixels).square().mean())
@@ -139,7 +139,7 @@ def test_the_loss_is_the_velocitys_squared_error():
 
 
 def test_dropped_conditions_train_the_null_map():
-    net = FlowDetokenizerConfig((7,), (4, 4), null_dropout=0.5, **SIZES).build().train()
+    net = DiffusionDetokenizerConfig((7,), (4, 4), null_dropout=0.5, **SIZES).build().train()
     pixels = torch.rand(8, 3, 16, 16, generator=seeded(3)) * 2 - 1
     net.loss(pixels, codes(count=8), generator=seeded(0))[0].backward()
     assert float(net.null.grad.abs().sum()) > 0
@@ -152,7 +152,7 @@ def test_saving_keeps_every_bit(tmp_path):
     net = build("line")
     net.save_pretrained(tmp_path)
     again = from_pretrained(tmp_path)
-    assert isinstance(again, FlowDetokenizer)
+    assert isinstance(again, DiffusionDetokenizer)
     assert again.config == net.config
     assert again.fingerprint() == net.fingerprint()
     first, second = (x.decode(codes("line"), steps=2, generator=seeded(1)) for x in (net, again))
@@ -185,7 +185,7 @@ def test_codes_and_pictures_of_another_shape_are_refused():
 def test_contradictory_configs_are_refused(change, message):
     values = {"codebook_sizes": (7,), "grid": (4, 4), **SIZES, **change}
     with pytest.raises(ValueError, match=message):
-        FlowDetokenizerConfig(**values)
+        DiffusionDetokenizerConfig(**values)
 
 
 @pytest.mark.slow

@@ -92,10 +92,50 @@ def test_only_selected_positions_are_computed() -> None:
         torch.testing.assert_close(full[select], part)
 
 
-def test_several_codes_per_position_are_refused() -> None:
-    codes = {"codebook_sizes": (4, 4), "code_offsets": (8, 12)}
-    with pytest.raises(ValueError, match="one code per position; with head=parallel set future_heads=0"):
-        CausalLMConfig(VOCAB, head="parallel", future_heads=2, **codes)  # type: ignore[arg-type]
+@pytest.mark.parametrize("head", ["parallel", "factorized"])
+def test_of_several_codes_every_column_is_predicted_and_trained(head: str) -> None:
+    """The further columns of a token two places on are those of the next one, of the future head's state."""
+    offsets, sizes = (8, 12), (4, 4)
+    model = shaken(network(2, head=head, codebook_sizes=sizes, code_offsets=offsets))
+    documents = batch()
+    images = documents.modality == 1
+    first = torch.where(images, documents.ids % 4 + 8, documents.ids % 8)
+    second = torch.where(images, documents.ids % 3 + 12, torch.zeros_like(first))
+    several = replace(documents, ids=torch.stack([first, second], -1))
+    select = predicting(several)
+    whole, picked = model(several, future=True), model(several, select=select, future=True)
+    for i, (state, columns) in enumerate(
+        zip(model.future(whole.hidden), whole.future_code_logits, strict=True)
+    ):
+        ids = several.ids.roll(-2 - i, 1)
+        torch.testing.assert_close(
+            columns[0][:, : -2 - i], model.code_logits(state, ids)[0][:, : -2 - i], rtol=1e-5, atol=1e-6
+        )
+        torch.testing.assert_close(columns[0][select], picked.future_code_logits[i][0])
+    objective = NextTokenObjective(future_weight=1.0, future_decay=1.0)
+    loss, metrics = objective(whole, several, code_offsets=offsets)
+    alone, _ = objective(
+        replace(whole, future_logits=(), future_code_logits=()), several, code_offsets=offsets
+    )
+    added = torch.zeros(())
+    for i in range(2):
+        known = predicting_further(several, 2 + i)
+        target = several.ids.roll(-2 - i, 1)[known]
+        codes = target[:, 1] != 0
+        losses = [
+            F.cross_entropy(whole.future_logits[i][known], target[:, 0], reduction="none"),
+            F.cross_entropy(
+                whole.future_code_logits[i][0][known][codes], target[codes, 1] - 12, reduction="none"
+            ),
+        ]
+        added = added + torch.cat(losses).mean()
+    torch.testing.assert_close(loss - alone, added)
+    assert "future2_accuracy_image" in metrics
+    loss.backward()
+    assert all(float(head.weight.grad.abs().sum()) > 0 for head in model.future.heads)
+
+
+def test_a_negative_number_of_heads_is_refused() -> None:
     with pytest.raises(ValueError, match="not be negative"):
         CausalLMConfig(VOCAB, future_heads=-1)
 

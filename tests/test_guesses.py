@@ -2,6 +2,7 @@
 tokens."""
 
 from statistics import NormalDist
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from lexel.tokenizers.layout import CodeLayout
 
 SAMPLED = {"image": SamplingConfig(temperature=0.8, guidance=2.0), "text": SamplingConfig(guidance=1.5)}
 GREEDY = {name: SamplingConfig(temperature=0, guidance=config.guidance) for name, config in SAMPLED.items()}
+COLUMNS = CodeLayout((3, 4), grid=(2, 3))
 TEXTS = ["a", "ab ba", "", "b a b a b"]
 LAYOUTS = {
     "raster": (RASTER, {}),
@@ -212,11 +214,11 @@ def test_heads_read_the_state_that_gave_the_last_token():
 
 
 def test_what_cannot_draft_is_refused():
-    kit = codec(CodeLayout((3, 4), grid=(2, 2)))
-    lm = model(kit)
+    kit = codec(CodeLayout((3, 4), grid=(2, 2), pattern="delayed"))
+    lm = model(kit, future_heads=0)
     with pytest.raises(LexelError, match="no heads for later tokens"):
         HeadsDrafter(lm)
-    with pytest.raises(LexelError, match="one code per position, this model has 2"):
+    with pytest.raises(LexelError, match="whole positions, this model delays their codes"):
         run(lm, kit, TableDrafter(table(kit.layouts["image"])), GREEDY)
     kit = codec(RASTER)
     with pytest.raises(LexelError, match=r"codebooks of \(5,\) codes, the vocabulary's codebook 0 has 6"):
@@ -232,5 +234,47 @@ def test_strategies_by_name():
         plain, _, _ = run(lm, kit, None, GREEDY)
         ids, _, _ = run(lm, kit, found[name].make(lm, found[name].window), GREEDY)
         assert all(torch.equal(a, b) for a, b in zip(plain, ids))
-    other = codec(CodeLayout((3, 4), grid=(2, 2)))
-    assert not {"pac", "heads"} & set(strategies(model(other), {}))
+    kit = codec(COLUMNS)
+    lm = model(kit)
+    found = strategies(lm, {"near": table(COLUMNS)})
+    assert {"heads", "near", "jacobi-near"} <= set(found)
+    assert not {"pac", "pac-near"} & set(found)
+    plain, _, _ = run(lm, kit, None, GREEDY)
+    for name, strategy in found.items():  # `auto` races all that are offered
+        ids, _, _ = run(lm, kit, strategy.make(lm, strategy.window), GREEDY)
+        assert all(torch.equal(a, b) for a, b in zip(plain, ids)), name
+
+
+def walk(kit, steps):
+    """A row that stands where a picture begins, its place `steps` positions later, and those as a draft."""
+    policy = Policy(Grammar(kit, ("image",)), {"image": SamplingConfig(temperature=0.7)})
+    row, generator = Row.start(prompts(kit, ["ab"])[0], None, policy, 0), seeded(3)
+    state, tokens = row.state, []
+    for _ in range(steps):
+        blocks = [kit.vocabulary.block("image", book) for book in policy.place(state).books]
+        ids = tuple(int(b[torch.randint(len(b), (1,), generator=generator)]) for b in blocks)
+        tokens.append(policy.token(state, ids))
+        state = policy.advance(state, ids[0])
+    return row, policy.place(state), tokens
+
+
+def test_each_of_several_codes_is_guessed_from_its_own_codebook():
+    kit, made = codec(COLUMNS), table(COLUMNS)
+    row, place, drafted = walk(kit, 4)  # the place is row 1, column 1 of a grid of 2 x 3
+    for column in range(2):
+        block = kit.vocabulary.block("image", column)
+        codes = [block.tolist().index(token.ids[column]) for token in drafted]
+        left, above, slot = (torch.tensor([n]) for n in (codes[3], codes[1], 4))
+        expected = (made(left, above, slot, column)[0] / 0.7).softmax(-1)
+        probs = TableGuess(made)(row, place, drafted, column)
+        torch.testing.assert_close(probs.dense()[0][block].double(), expected)
+
+
+def test_repeating_copies_every_code_of_the_position_before():
+    kit = codec(COLUMNS)
+    row, place, drafted = walk(kit, 4)
+    session = SimpleNamespace(columns=2, vocabulary_size=kit.vocabulary.size, device="cpu")
+    for column, token in enumerate(drafted[-1].ids):
+        found, probs = JacobiDrafter(4, "repeat")._fresh_column(session, row, place, drafted, column)
+        assert found == token
+        assert probs.dense()[0, token] == 1

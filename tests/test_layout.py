@@ -5,10 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lexel.tokenizers.layout import EMPTY, CodeLayout
+from lexel.tokenizers.layout import EMPTY, PATTERNS, CodeLayout
 from lexel.types import Codes
-
-PATTERNS = ("parallel", "interleaved", "delayed")
 
 
 @st.composite
@@ -83,6 +81,28 @@ def test_delay_pattern_shifts_codebook_j_by_j_steps():
     assert layout.flatten(codes)[0].tolist() == [[1, EMPTY], [2, 4], [3, 5], [EMPTY, 6]]
 
 
+def test_the_sequential_pattern_writes_one_stream_after_the_other():
+    layout = CodeLayout((9, 9), length=3, pattern="sequential")
+    codes = Codes(torch.tensor([[[1, 4], [2, 5], [3, 6]]]))
+    assert layout.flatten(codes)[0, :, 0].tolist() == [1, 2, 3, 4, 5, 6]
+    assert [layout.allowed(step) for step in range(6)] == [(0,), (0,), (0,), (1,), (1,), (1,)]
+    assert [layout.coordinates(step) for step in range(6)] == [(0, 0), (0, 1), (0, 2)] * 2
+    assert (layout.columns, layout.streams) == (1, True)
+
+
+def test_shorter_streams_leave_room_or_stand_close():
+    layout = CodeLayout((9, 9), length=3, flexible=True, pattern="sequential")
+    codes = Codes(torch.tensor([[[1, 4], [2, 5], [0, 0]]]), lengths=torch.tensor([2]))
+    flat = layout.flatten(codes)
+    assert flat[0, :, 0].tolist() == [1, 2, EMPTY, 4, 5, EMPTY]
+    for written in (flat, flat[flat != EMPTY].reshape(1, -1, 1)):
+        back = layout.unflatten(written)
+        assert torch.equal(back.indices, codes.indices)
+        assert back.lengths.tolist() == [2]
+    with pytest.raises(ValueError, match="do not fill positions of 2 codes"):
+        layout.unflatten(torch.ones(1, 3, 1, dtype=torch.long))
+
+
 def test_a_shorter_flexible_sequence_is_a_prefix():
     layout = CodeLayout((9,), length=5, flexible=True)
     codes = layout.unflatten(torch.tensor([[[3], [4]], [[5], [EMPTY]]]))
@@ -111,11 +131,12 @@ def test_broken_flexible_sequences_are_refused(flat, message):
         {"grid": (2, 2), "flexible": True},
         {"length": 4, "row_end": True},
         {"length": 4, "pattern": "diagonal"},
+        {"codebook_sizes": (4, 4), "grid": (2, 2), "row_end": True, "pattern": "sequential"},
     ],
 )
 def test_contradictory_layouts_are_refused(arguments):
     with pytest.raises(ValueError, match=r"[Ll]ayout|pattern|row_end"):
-        CodeLayout((4,), **arguments)
+        CodeLayout(**{"codebook_sizes": (4,), **arguments})
 
 
 def test_codes_check_their_shapes():

@@ -65,7 +65,7 @@ def test_the_shipped_bundle_is_small(wheel: zipfile.ZipFile) -> None:
 def test_the_wheel_says_who_it_is(wheel: zipfile.ZipFile, described: email.message.Message) -> None:
     assert described["Version"] == lexel.__version__
     assert described["License-Expression"] == "Apache-2.0"
-    assert set(described.get_all("Provides-Extra") or ()) == {"demo", "eval", "dev"}
+    assert set(described.get_all("Provides-Extra") or ()) == {"demo", "eval", "media", "dev"}
     scripts = next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
     text = wheel.read(scripts).decode()
     assert "lexel = lexel.cli:main" in text
@@ -112,7 +112,9 @@ def _imported() -> set[str]:
 
 def test_every_import_is_a_declared_dependency(described: email.message.Message) -> None:
     lines = described.get_all("Requires-Dist")
-    declared = set().union(*(_required(_requirements(lines), extra) for extra in ("", "demo", "eval")))
+    declared = set().union(
+        *(_required(_requirements(lines), extra) for extra in ("", "demo", "eval", "media"))
+    )
     owners = metadata.packages_distributions()
     for module in sorted(_imported()):
         names = {re.sub(r"[-_.]+", "-", owner).lower() for owner in owners.get(module, [module])}

@@ -302,6 +302,24 @@ def test_speech_streams():
         split_streams(line.flip(0))
 
 
+def test_speech_streams_are_a_sequential_layout():
+    """The ids of MIO's one line of codes, and a grammar that keeps the streams in order and equally long."""
+    layout = CodeLayout((4,) * 4, length=5, flexible=True, pattern="sequential")
+    layouts = {"image": LAYOUTS["mio"], "speech": layout}
+    codec = published_codec("mio", text_tokenizer("mio"), layouts)
+    assert codec.vocabulary.blocks[2].ids.tolist() == [
+        codec.text_tokenizer.get_vocab()[f"<spch{i}>"] for i in range(4, 8)
+    ]
+    codes = Codes(torch.randint(4, (1, 3, 4)))
+    document = [Text("sing"), Image(layout.padded(codes), modality="speech")]
+    line = join_streams(codes.indices, 4)
+    one = Image(CODECS["mio"].layouts["speech"].padded(Codes(line)), modality="speech")
+    assert torch.equal(codec.build(document).ids, CODECS["mio"].build([Text("sing"), one]).ids)
+    read = codec.parse(codec.build(document).ids)[1]
+    assert read.codes.lengths.tolist() == [3]
+    assert torch.equal(read.codes.indices[:, :3], codes.indices)
+
+
 def test_texts_may_hold_any_characters():
     codec = CODECS["liquid"]
     document = [Text("a \U00100000 cat \U00100001 €"), segment(codec, "image", 0, "")]

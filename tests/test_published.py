@@ -16,11 +16,15 @@ from lexel import models, tokenizers
 from lexel.catalog import Layout
 from lexel.checkpoints import dotless_copy
 from lexel.errors import LexelError
+from lexel.models import detokenizers
 from lexel.models.discriminator import PatchDiscriminatorConfig
 from lexel.tokenizers import (
     export_published,
     find_published,
+    fourm,
+    fourm_divae,
     from_pretrained,
+    larp,
     list_published,
     load_published,
     maskgit_vqgan,
@@ -79,7 +83,22 @@ KEY_LISTS |= {
     ("open_magvit2_lfq", "Pretrain_256_262144"): ("open-magvit2-pretrain-262144", "published"),
     ("open_magvit2_video", "Video_128_262144"): ("open-magvit2-video", "published"),
     **{("ibq", f"IBQ-Tokenizer-{k}"): (f"ibq-{k}", "published") for k in (1024, 8192, 16384, 262144)},
+    ("tokenflow", "tokenflow_clipb_32k_enhanced.pt"): ("tokenflow-clipb-32k", "published"),
+    ("tokenflow", "tokenflow_siglip_32k.pt"): ("tokenflow-siglip-32k", "published"),
+    ("larp", "LARP-L-long-tokenizer"): ("larp-l-long", "published"),
 }
+KEY_LISTS |= {
+    (system, f"4M_tokenizers_{name}"): ("4m-" + name.replace("_", "-").lower(), "published")
+    for system, names in {
+        "fourm_vq": [
+            "semseg_4k_224-448", "CLIP-B16_8k_224-448", "DINOv2-B14_8k_224-448", "ImageBind-H14_8k_224-448",
+            "DINOv2-B14-global_8k_16_224", "ImageBind-H14-global_8k_16_224", "human-poses_1k_8",
+            "sam-instance_1k_64",
+        ],
+        "fourm_divae": ["rgb_16k_224-448", "depth_8k_224-448", "normal_8k_224-448", "edge_8k_224-512"],
+    }.items()
+    for name in names
+}  # fmt: skip
 # System → how the arguments are found in a fixture's config.json, and a row of it.
 FIXTURES = {
     "llamagen_vq": ("llamagen-vq-16", lambda config: config),
@@ -99,7 +118,21 @@ FIXTURES = {
     "titok/proxy_vqgan": ("maskgit-vqgan-f16", maskgit_vqgan.flatten),
     "one_d_piece": ("one-d-piece-s-256", titok.flatten),
     "flextok": ("flextok-d18-d28-in1k", lambda config: config),
+    "larp": ("larp-l-long", larp.flatten),
+    "fourm_vq": ("4m-semseg-4k-224-448", lambda config: fourm_arguments(fourm.FOURM_VQ, config)),
+    "fourm_vq_semseg": ("4m-semseg-4k-224-448", lambda config: fourm_arguments(fourm.FOURM_VQ, config)),
+    "fourm_vq_featuremap": ("4m-semseg-4k-224-448", lambda config: fourm_arguments(fourm.FOURM_VQ, config)),
+    "fourm_vq_global": ("4m-human-poses-1k-8", lambda config: fourm_arguments(fourm.FOURM_VQ, config)),
+    "fourm_divae": ("4m-rgb-16k-224-448", lambda config: fourm_arguments(fourm_divae.FOURM_DIVAE, config)),
+    "tokenflow": ("tokenflow-clipb-32k", lambda config: config),
+    "tokenflow_siglip": ("tokenflow-siglip-32k", lambda config: config),
 }
+
+
+def fourm_arguments(system, config) -> dict[str, object]:
+    """Nothing of the row, which may be of another modality."""
+    sizes = {name: config[name] for name in ("vit_sizes", "unet") if name in config}
+    return {**system.arguments, **config["args"], **sizes}
 
 
 def key_list(system: str, name: str) -> dict[str, tuple[int, ...]]:
@@ -138,7 +171,7 @@ def test_no_recorded_key_list_goes_unchecked() -> None:
     elsewhere |= {f"flextok_vae_c{channels}" for channels in (4, 8, 16)}
     # Models have test files of their own.
     for path in GOLDEN.glob("*/published_keys.json"):
-        if path.parent.name in {"eagle_head", *models.published_systems()}:
+        if path.parent.name in {"eagle_head", "lavit", "seed", *models.published_systems()}:
             continue
         for name in json.loads(path.read_text()):
             short = (path.parent.name, name.split()[0])
@@ -162,6 +195,7 @@ def test_the_documented_table_is_what_the_code_knows() -> None:
     page = (Path(__file__).parents[1] / "docs" / "published.md").read_text()
     assert published_table(list_published()) in page
     assert models.published_table(models.list_published()) in page
+    assert detokenizers.published_table(detokenizers.list_published()) in page
 
 
 def test_names_are_unique() -> None:

@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 import torch
 from decoding_fakes import (
+    DELAYED_CODES,
     DRAFTERS,
     RASTER,
     SEVERAL_CODES,
@@ -50,6 +51,13 @@ def decode(lm, kit, texts, plan, sampling, drafter=None, seed=0, **options):
     )
 
 
+def known(shape):
+    """Names of the drafters that draft such codes."""
+    if shape.columns == 1:
+        return list(DRAFTERS)
+    return DELAYED_CODES if shape.pattern == "delayed" else SEVERAL_CODES
+
+
 def cases(usual):
     """Every way to draft in every layout that it knows; the `usual` ones are not slow."""
     return [
@@ -59,12 +67,12 @@ def cases(usual):
             marks=() if name in usual and layout != "delayed" else pytest.mark.slow,
         )
         for layout, (shape, _) in LAYOUTS.items()
-        for name in (SEVERAL_CODES if shape.columns > 1 else DRAFTERS)
+        for name in known(shape)
         if name != "plain"
     ]
 
 
-USUAL = ["nested", "model", "jacobi", "gumbel", "pac", "eagle-tree"]
+USUAL = ["nested", "model", "jacobi", "jacobi-table", "table", "gumbel", "pac", "eagle-tree"]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +98,8 @@ def test_greedy_speculation_is_greedy_decoding_token_for_token(layout, name, gui
         assert all(torch.equal(a, b) for a, b in zip(plain, ids))
         assert sum(stats.accept_lengths) == sum(len(row) for row in ids)
         gained, rounds = gained + max(len(row) for row in ids), rounds + stats.target_forwards
-    assert rounds < gained
+    # A random table seldom guesses all codes of a position.
+    assert rounds < gained or (name == "table" and shape.columns > 1)
 
 
 @pytest.mark.parametrize(("layout", "name"), cases(["nested", "jacobi", "pac"]))
@@ -137,7 +146,7 @@ def test_sampled_speculation_has_the_targets_distribution(name, shape, plan):
     flexible pictures followed by up to one letter), with filters and guidance. Error rate 1e-3 per case by
     the Wilson-Hilferty quantile. `test_exactness` computes the same without chance, but for Gumbel
     coupling."""
-    if shape.columns > 1 and name not in SEVERAL_CODES:
+    if name not in known(shape):
         pytest.skip("drafts one code per position")
     kit = codec(shape)
     # A model whose predictions depend much on what came before: errors in the cache would show.

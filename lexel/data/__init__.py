@@ -3,6 +3,8 @@
 A source is a frozen config whose ``build("train" | "validation")`` gives a map-style data set of `Example`.
 """
 
+from lexel.data.clip_folder import ClipFolderConfig
+from lexel.data.clips import ClipsConfig
 from lexel.data.documents import DocumentDataset, Mixture
 from lexel.data.example import Example, stack_pixels
 from lexel.data.folder import FolderConfig
@@ -15,6 +17,8 @@ from lexel.data.text_tokenizer import train_text_tokenizer
 from lexel.data.tokenized import CodeExample, TokenizedDataset, check_codes, tokenize_dataset
 
 __all__ = [
+    "ClipFolderConfig",
+    "ClipsConfig",
     "CodeExample",
     "DocumentDataset",
     "Draw",

@@ -243,7 +243,7 @@ def draw_hole(layout: CodeLayout, rng: random.Random) -> Tensor:
 def hide_codes(codec: DocumentCodec, sequence: TokenSequence, missing: Tensor) -> Tensor:
     """Bool ``[l]``: the tokens of a complete document that hold the codes at the positions `missing`, bool
     ``[n]``, of its last picture. Raises ValueError without a picture, for another number of positions, or
-    for a delayed pattern, where one token holds codes of several positions."""
+    for a delayed or sequential pattern, where the codes of one position do not stand together."""
     first = _first_column(sequence.ids)
     begins = {codec.vocabulary.begin(modality): modality for modality in codec.layouts}
     opened = [place for place, token in enumerate(first) if token in begins]
@@ -254,8 +254,8 @@ def hide_codes(codec: DocumentCodec, sequence: TokenSequence, missing: Tensor) -
         raise ValueError(
             f"missing codes of {layout.order} are a bool [{layout.positions}], got {list(missing.shape)}."
         )
-    if layout.pattern == "delayed" and layout.k > 1:
-        raise ValueError("codes in the delayed pattern cannot be hidden by position; use parallel.")
+    if layout.pattern in ("delayed", "sequential") and layout.k > 1:
+        raise ValueError(f"codes in the {layout.pattern} pattern cannot be hidden by position; use parallel.")
     each = layout.k if layout.pattern == "interleaved" else 1
     places = code_places(codec, first, opened[-1], begins[first[opened[-1]]])
     hidden = torch.zeros(len(sequence), dtype=torch.bool)

@@ -10,6 +10,7 @@ import math
 import random
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,22 @@ def load_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
             return _to_rgb(ImageOps.exif_transpose(image))
     except _BROKEN as error:
         raise LexelError(f"{name} cannot be read as a picture: {_reason(error)}.") from error
+
+
+def load_frames(path: str | Path) -> Iterator[tuple[Image.Image, float, float]]:
+    """The frames of an animated picture (GIF) one by one, as `load_image` gives pictures, and from when until
+    when each is shown, in seconds. Raises LexelError as `load_image` does."""
+    try:
+        with _open(path, str(path)) as file:
+            time = 0.0
+            for number in range(getattr(file, "n_frames", 1)):
+                file.seek(number)
+                file.load()
+                until = time + (file.info.get("duration") or 100) / 1000  # what browsers do without one
+                yield _to_rgb(file.copy()), time, until
+                time = until
+    except _BROKEN as error:
+        raise LexelError(f"{path} cannot be read as a picture: {_reason(error)}.") from error
 
 
 def verify_image(source: str | Path | bytes, name: str | None = None) -> None:

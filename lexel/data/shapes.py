@@ -69,7 +69,7 @@ _COLOR_JITTER = 0.035
 _SHADE_JITTER = 0.03
 _RELATION_MARGIN = 0.15
 _HELDOUT_SHARE = 0.1
-_STREAMS = {"train": 0, "validation": 1, "one": 2, "two": 3, "three": 4, "unseen": 5}
+STREAMS = {"train": 0, "validation": 1, "one": 2, "two": 3, "three": 4, "unseen": 5}
 _OBJECTS = {"one": 1, "two": 2, "three": 3, "unseen": 1}
 
 
@@ -156,20 +156,20 @@ class ShapesConfig:
         colour and shape, and several objects always come with a relation."""
         prompts = []
         for index in range(count):
-            rng = _generator(self.seed, _STREAMS[_known_kind(kind)], seed, index, 1)
+            rng = generator(self.seed, STREAMS[_known_kind(kind)], seed, index, 1)
             scene = self._scene(kind, seed, index)
             claim = full_claim(scene.objects, rng, relation=1.0)
             prompts.append((render_caption(claim, rng), claim))
         return prompts
 
     def _scene(self, kind: Kind, seed: int, index: int) -> Scene:
-        rng = _generator(self.seed, _STREAMS[_known_kind(kind)], seed, index)
+        rng = generator(self.seed, STREAMS[_known_kind(kind)], seed, index)
         pairs = _draw_pairs(rng, _OBJECTS[kind], "unseen" if kind == "unseen" else "validation")
         return draw_scene(rng, pairs, self)
 
     def _example(self, kind: Kind, seed: int, index: int) -> Example:
         scene = self._scene(kind, seed, index)
-        rng = _generator(self.seed, _STREAMS[kind], seed, index, 1)
+        rng = generator(self.seed, STREAMS[kind], seed, index, 1)
         return Example(
             f"shapes-{kind}-{seed}-{index}", self._captions(scene, rng), self._pixels(scene), scene
         )
@@ -203,7 +203,7 @@ class ShapesDataset(Dataset[Example]):
 
     def scene(self, index: int) -> Scene:
         """Objects and background of an example."""
-        rng = _generator(self.config.seed, _STREAMS[self.split], self._index(index))
+        rng = generator(self.config.seed, STREAMS[self.split], self._index(index))
         weights = np.array(self.config.object_weights[: self.config.max_objects])
         objects = 1 + int(rng.choice(len(weights), p=weights / weights.sum()))
         return draw_scene(rng, _draw_pairs(rng, objects, self.split), self.config)
@@ -213,7 +213,7 @@ class ShapesDataset(Dataset[Example]):
         return self._captions(index, self.scene(index))
 
     def _captions(self, index: int, scene: Scene) -> tuple[str, ...]:
-        rng = _generator(self.config.seed, _STREAMS[self.split], self._index(index), 1)
+        rng = generator(self.config.seed, STREAMS[self.split], self._index(index), 1)
         return self.config._captions(scene, rng)
 
     def __getitem__(self, index: int) -> Example:
@@ -228,7 +228,8 @@ def _known_kind(kind: str) -> str:
     return kind
 
 
-def _generator(*entropy: int) -> np.random.Generator:
+def generator(*entropy: int) -> np.random.Generator:
+    """The generator of these numbers: (seed, stream, index, what is drawn)."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
 
 
@@ -368,7 +369,7 @@ def chance_accuracy(kind: Kind) -> float:
     the unseen ones too. Monte Carlo over 400 prompts x 400 scenes with a fixed seed."""
     config = ShapesConfig()
     claims = [claim for _, claim in config.prompts(kind, 400, seed=1)]
-    rng = _generator(_STREAMS[kind], 2)
+    rng = generator(STREAMS[kind], 2)
     scenes = [draw_scene(rng, _draw_pairs(rng, _OBJECTS[kind], "any"), config).objects for _ in range(400)]
     shown = sum(satisfies(claim, objects) for claim in claims for objects in scenes)
     return shown / (len(claims) * len(scenes))

@@ -34,6 +34,7 @@ from lexel.types import Codes
 
 if TYPE_CHECKING:
     from lexel.tokenizers.base import Tokenizer
+    from lexel.tokenizers.fourm import FourMTokenizer
     from lexel.tokenizers.structured import StructuredCodec
 
 MANIFEST_FILE = "manifest.json"
@@ -230,7 +231,7 @@ class Encoder(Protocol):
 
 
 def tokenize_values(
-    codec: StructuredCodec,
+    codec: StructuredCodec | FourMTokenizer,
     dataset: Dataset[Example],
     values: Callable[[Example], Any],
     folder: str | Path,
@@ -238,17 +239,26 @@ def tokenize_values(
     shard_size: int = 1024,
     source: Mapping[str, Any] | None = None,
 ) -> TokenizedDataset:
-    """`tokenize_dataset` for structured values: `values` says which an example has. Raises LexelError as
-    that does, ValueError for values that the codec refuses."""
+    """`tokenize_dataset` for structured values, and for those of 4M's tokenizers (class maps, feature maps,
+    vectors): `values` says which an example has. Raises LexelError as that does, ValueError for values that
+    the codec refuses."""
     folder = Path(folder)
     manifest = _open_folder(folder, _manifest_of(codec, len(dataset), shard_size, source or {}))  # type: ignore[arg-type]
     for shard in range(manifest.shards):
         if not _tensor_file(folder, shard).is_file():
             examples = [dataset[row] for row in manifest.rows(shard)]
-            codes = codec.encode([values(example) for example in examples])
+            codes = _encode_values(codec, [values(example) for example in examples])
             texts = [_text(example) for example in examples]
             _save_shard(folder, shard, manifest, texts, codes.indices, codes.lengths)
     return TokenizedDataset(folder, manifest.fingerprint)
+
+
+def _encode_values(codec: StructuredCodec | FourMTokenizer, values: Sequence[Any], batch: int = 64) -> Codes:
+    if not isinstance(codec, torch.nn.Module):
+        return codec.encode(values)
+    device = next(codec.parameters()).device
+    parts = [torch.stack(list(values[i : i + batch])).to(device) for i in range(0, len(values), batch)]
+    return Codes(torch.cat([codec.encode_values(part).indices.cpu() for part in parts]))
 
 
 @dataclass(frozen=True)

@@ -87,8 +87,14 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table>{''.join(lines)}</table>"
 
 
-def curves(title: str, series: Series) -> str:
-    """A card with one line chart, a line per name of `series` (points (x, y), not finite ones left out)."""
+def curves(title: str, series: Series, *, log: bool = False) -> str:
+    """A card with one line chart, a line per name of `series` (points (x, y), not finite ones left out).
+    log: both axes are logarithmic; points that are not positive are left out."""
+    if log:
+        series = {
+            name: [(math.log10(x), math.log10(y)) for x, y in points if x > 0 and y > 0]
+            for name, points in series.items()
+        }
     lines = {
         name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
         for name, points in series.items()
@@ -114,11 +120,13 @@ def curves(title: str, series: Series) -> str:
         _, y = place(first, value)
         parts.append(
             f'<line x1="{_LEFT}" x2="{_WIDTH - 8}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--line)"/>'
-            f'<text x="{_LEFT - 5}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>'
+            f'<text x="{_LEFT - 5}" y="{y + 4:.1f}" text-anchor="end">'
+            f"{_tick(value, log)}</text>"
         )
     for x, anchor in ((first, "start"), (last, "end")):
         parts.append(
-            f'<text x="{place(x, low)[0]:.1f}" y="{_HEIGHT - 5}" text-anchor="{anchor}">{x:.0f}</text>'
+            f'<text x="{place(x, low)[0]:.1f}" y="{_HEIGHT - 5}" text-anchor="{anchor}">'
+            f"{_tick(x, True) if log else format(x, '.0f')}</text>"
         )
     legend = []
     for number, (name, line) in enumerate(lines.items()):
@@ -131,6 +139,13 @@ def curves(title: str, series: Series) -> str:
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{html.escape(title, quote=True)}">'
         f'{"".join(parts)}</svg><div class="legend">{"".join(legend)}</div></div>'
     )
+
+
+def _tick(value: float, log: bool) -> str:
+    if not log:
+        return f"{value:.3g}"
+    value = 10**value
+    return f"{value:,.0f}" if value >= 10 else f"{value:.3g}"
 
 
 def thin(points: Sequence[tuple[float, float]], most: int = 200) -> list[tuple[float, float]]:

@@ -30,6 +30,18 @@ def psnr(first: Tensor, second: Tensor) -> Tensor:
     return -10 * error.clamp_min(1e-10).log10()
 
 
+def sound_quality(found: Tensor, original: Tensor) -> dict[str, float]:
+    """Of a sound ``[1, t]`` against the original, in dB: signal-to-noise ratio (snr), and the scale-invariant
+    signal-to-distortion ratio (si_sdr), which forgives another loudness and a constant offset."""
+    from torchmetrics.functional.audio import (
+        scale_invariant_signal_distortion_ratio,
+        signal_noise_ratio,
+    )
+
+    si_sdr = scale_invariant_signal_distortion_ratio(found, original, zero_mean=True)
+    return {"si_sdr": float(si_sdr[0]), "snr": float(signal_noise_ratio(found, original)[0])}
+
+
 class CodebookUsage:
     """Counts how often each code occurs. sizes: codes per codebook."""
 

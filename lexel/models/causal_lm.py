@@ -132,11 +132,6 @@ class CausalLMConfig:
             )
         if self.future_heads < 0:
             raise ValueError(f"future_heads must not be negative, got {self.future_heads}.")
-        if self.future_heads and self.head != "single":
-            raise ValueError(
-                f"future heads draft one code per position; with head={self.head} set future_heads=0, "
-                f"got {self.future_heads}."
-            )
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation is {' or '.join(ACTIVATIONS)}, got {self.activation!r}.")
         if self.windows and len(self.windows) != self.layers:
@@ -236,7 +231,7 @@ class CausalLM(nn.Module, Pretrained):
         select: bool ``[b, l]``, positions whose logits are wanted; `logits` and `code_logits` are then
         ``[m, ·]`` over them in row-major order, and the others are never computed.
         future: fill `future_logits` where the model has heads for them (for training; a decoder calls
-        ``project`` on what ``future`` makes of the hidden states it needs).
+        ``project`` on what ``future`` makes of the hidden states it needs), and `future_code_logits`.
 
         With k codes per position, `code_logits` are teacher-forced with the following position's ids; the
         last position has none and its entry is to be ignored. With a cache they are left out: see
@@ -244,12 +239,14 @@ class CausalLM(nn.Module, Pretrained):
         """
         hidden, _ = self.decode(batch, cache, width)
         picked = hidden if select is None else hidden[select]
-        code_logits: tuple[Tensor, ...] = ()
-        if self.head is not None and cache is None:
-            following = F.pad(batch.ids[:, 1:], (0, 0, 0, 1), value=self.config.pad_id)
-            code_logits = self.code_logits(picked, following if select is None else following[select])
         further = self.future(picked) if future and self.future is not None else ()
-        return LMOutput(self.project(picked), hidden, code_logits, tuple(map(self.project, further)))
+        codes: list[tuple[Tensor, ...]] = []
+        if self.head is not None and cache is None:
+            for distance, state in enumerate((picked, *further), start=1):
+                ids = F.pad(batch.ids, (0, 0, 0, distance), value=self.config.pad_id)[:, distance:]
+                codes.append(self.code_logits(state, ids if select is None else ids[select]))
+        logits = tuple(map(self.project, (picked, *further)))
+        return LMOutput(logits[0], hidden, codes[0] if codes else (), logits[1:], tuple(codes[1:]))
 
     def decode(
         self,

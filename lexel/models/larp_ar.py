@@ -69,6 +69,7 @@ def _row(name: str, repository: str, parameters: int, **arguments: Any) -> Publi
         weight_licence="not stated",
         source="arXiv 2410.21264, github.com/hywang66/LARP",
         size=128,
+        tokenizer="larp-l-long",
     )
 
 

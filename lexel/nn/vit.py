@@ -16,15 +16,16 @@ from torch import Tensor, nn
 
 class MultiheadAttention(nn.Module):
     """Self-attention with `nn.MultiheadAttention`'s parameters and values, batch first, through the fused
-    kernel. Raises ValueError when heads do not divide the width."""
+    kernel. in_bias: whether queries, keys and values have biases. Raises ValueError when heads do not divide
+    the width."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, in_bias: bool = True) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(f"{heads} heads do not divide a width of {width}.")
         self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width)) if in_bias else None
         self.out_proj = nn.Linear(width, width)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
@@ -41,11 +42,11 @@ class MultiheadAttention(nn.Module):
 class VisionBlock(nn.Module):
     """``x += attn(ln_1 x)``, ``x += c_proj(gelu(c_fc(ln_2 x)))`` on ``[b, l, d]``; exact GELU, eps 1e-5."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0) -> None:
+    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, in_bias: bool = True) -> None:
         super().__init__()
         hidden = int(width * mlp_ratio)
         self.ln_1 = nn.LayerNorm(width)
-        self.attn = MultiheadAttention(width, heads)
+        self.attn = MultiheadAttention(width, heads, in_bias)
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(
             OrderedDict(c_fc=nn.Linear(width, hidden), gelu=nn.GELU(), c_proj=nn.Linear(hidden, width))

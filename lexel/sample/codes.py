@@ -46,6 +46,8 @@ def known_positions(layout: CodeLayout, steps: int) -> int:
     """How many positions have all their codes after `steps` steps."""
     if layout.pattern == "interleaved":
         return steps // layout.k
+    if layout.streams:
+        return max(0, steps - (layout.k - 1) * layout.positions)
     return max(0, steps - (layout.k - 1)) if layout.pattern == "delayed" else steps
 
 

@@ -5,24 +5,37 @@ h w picture · r c table of codes
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 import gradio as gr
+import numpy as np
 import torch
 from PIL import Image as PictureFile
 from torch import Tensor
 
 from lexel.data.images import to_image, to_pixels
+from lexel.data.media import clip_rate, read_clip, read_wave, write_clip
 from lexel.document import Document, Image, Text
 from lexel.errors import LexelError
 from lexel.sample.codes import code_map
 from lexel.sample.engine import AUTO
 from lexel.sample.partial import Partials
 from lexel.sample.pipeline import Pipeline
-from lexel.sample.reconstruct import SIDE, enlarged, reconstruct
-from lexel.tokenizers.base import Tokenizer
+from lexel.sample.reconstruct import (
+    SIDE,
+    check_draws,
+    drawer,
+    enlarged,
+    reconstruct,
+    reconstruct_clip,
+    reconstruct_sound,
+)
+from lexel.tokenizers.base import Tokenizer, VideoTokenizer
+from lexel.tokenizers.sound import SoundTokenizer
 from lexel.types import Codes, GenerationOutput
 
 OWN = "the language model's own"
@@ -36,11 +49,16 @@ STYLE = "<style>.given img {width: 100% !important; object-fit: contain !importa
 
 MOST_PICTURES = 16
 
+MOST_FRAMES, MOST_STEPS = 64, 50
+
 PAUSE = 0.15
 """Seconds between two views of pictures that are being drawn."""
 
 VISITORS = 16
 """Requests of one kind that are served at the same time; they share the rounds of the model."""
+
+Sound = tuple[int, np.ndarray]
+"""Samples a second and 16-bit samples, as gradio takes them."""
 
 Drawn = tuple[list[PictureFile.Image], PictureFile.Image | None, str]
 
@@ -79,9 +97,12 @@ def statistics(output: GenerationOutput) -> str:
     )
 
 
-def build_demo(pipeline: Pipeline) -> gr.Blocks:
-    """The demo of one pipeline; call `launch` on it. Endpoints: /draw, /describe, /reconstruct."""
-    actions = _Actions(pipeline)
+def build_demo(
+    pipeline: Pipeline, tokenizers: Mapping[str, Tokenizer | SoundTokenizer] | None = None
+) -> gr.Blocks:
+    """The demo of one pipeline; call `launch` on it. Endpoints: /draw, /describe, /reconstruct, and where
+    the bundle or `tokenizers`, further ones by name, read clips or sounds, /clip and /sound."""
+    actions = _Actions(pipeline, tokenizers or {})
     with gr.Blocks(analytics_enabled=False, title="Lexel") as demo:
         gr.Markdown("# Lexel\nPictures and text as one sequence of discrete tokens.")
         with gr.Tab("Draw"):
@@ -90,6 +111,12 @@ def build_demo(pipeline: Pipeline) -> gr.Blocks:
             _describe_tab(actions)
         with gr.Tab("Reconstruct"):
             _reconstruct_tab(actions, demo)
+        if actions.clip_tokenizers:
+            with gr.Tab("Clips"):
+                _clip_tab(actions)
+        if actions.sound_tokenizers:
+            with gr.Tab("Sounds"):
+                _sound_tab(actions)
         gr.HTML(STYLE, padding=False)
     return demo
 
@@ -97,13 +124,18 @@ def build_demo(pipeline: Pipeline) -> gr.Blocks:
 class _Actions:
     """What the buttons do; errors of the user's come up as a message in the page."""
 
-    def __init__(self, pipeline: Pipeline) -> None:
+    def __init__(
+        self, pipeline: Pipeline, tokenizers: Mapping[str, Tokenizer | SoundTokenizer] | None = None
+    ) -> None:
         self.pipeline = pipeline
         self.image_sampling = pipeline.sampling["image"]
         self.strategies = [AUTO, *pipeline.strategies]
         self.has_detokenizer = pipeline.detokenizer is not None
-        further = {name: one for name, one in pipeline.tokenizers.items() if one.has_decoder}
-        self.tokenizers: dict[str, Tokenizer] = {OWN: pipeline.tokenizer, **further}
+        given: dict[str, Tokenizer | SoundTokenizer] = {**pipeline.tokenizers, **(tokenizers or {})}
+        further = {name: one for name, one in given.items() if one.has_decoder and one.draws_pixels}
+        self.tokenizers: dict[str, Tokenizer] = {OWN: pipeline.tokenizer, **further}  # type: ignore[dict-item]
+        self.clip_tokenizers = {n: one for n, one in further.items() if isinstance(one, VideoTokenizer)}
+        self.sound_tokenizers = {n: one for n, one in given.items() if isinstance(one, SoundTokenizer)}
 
     def draw(
         self,
@@ -164,21 +196,61 @@ class _Actions:
         length: float | None,
         detokenizer: bool,
         name: str = OWN,
+        steps: float | None = None,
     ) -> tuple[PictureFile.Image, PictureFile.Image, PictureFile.Image]:
-        """A picture as the tokenizer `name` sees it, through `length` tokens and back, and the tokens."""
+        """A picture as the tokenizer `name` sees it, through `length` tokens and back, and the tokens. steps:
+        of a decoder that samples (0 or None: its own)."""
         tokenizer = self.tokenizers[name]
         pixels = self._read(picture, tokenizer)
         tokens = int(length) if length is not None and tokenizer.layout.flexible else None
-        decode = self._detokenize if detokenizer and name == OWN else None
         with _told():
+            decode = drawer(tokenizer, steps=int(steps)) if steps and tokenizer.decodes_in_steps else None
+            if detokenizer and name == OWN:
+                decode = self._detokenize
             rebuilt, codes = reconstruct(tokenizer, pixels, tokens, decode)
         return _shown(pixels), _shown(rebuilt), tokens_picture(codes, tokenizer.layout.codebook_sizes)
 
-    def choose(self, name: str) -> tuple[gr.Slider, gr.Checkbox]:
-        """The number of tokens and the generative decoder, as far as a tokenizer has them."""
-        layout = self.tokenizers[name].layout
+    def reconstruct_clip(self, file: str | None, frames: float, name: str) -> tuple[str, str, str]:
+        """A clip as the tokenizer `name` sees it, through its tokens and back, as video files, and a line."""
+        if file is None:
+            raise gr.Error("Choose a clip first.")
+        tokenizer = self.clip_tokenizers[name]
+        with _told():
+            check_draws(tokenizer)
+            rate = clip_rate(file) or 8.0
+            given = read_clip(file, size=tokenizer.image_size, fps=rate, most=int(frames))
+            found, tokens = reconstruct_clip(tokenizer, given)
+            shown = [self._video(video, rate) for video in (given[: len(found)], found)]
+        return shown[0], shown[1], f"{len(found)} frames, {tokens} tokens"
+
+    def reconstruct_sound(self, file: str | None, name: str) -> tuple[Sound, Sound, PictureFile.Image, str]:
+        """A sound as the tokenizer `name` hears it, through its codes and back, the codes, and a line."""
+        if file is None:
+            raise gr.Error("Choose or record a sound first.")
+        tokenizer = self.sound_tokenizers[name]
+        with _told():
+            wave = read_wave(file, tokenizer.sample_rate)
+            found, codes = reconstruct_sound(tokenizer, wave)
+        _, positions, books = codes.indices.shape
+        line = f"{positions} tokens of {books} codes, {tokenizer.bandwidth:.3g} kilobits a second"
+        heard, rebuilt = ((tokenizer.sample_rate, _samples(one)) for one in (wave, found))
+        return heard, rebuilt, tokens_picture(codes, tokenizer.codebook_sizes), line
+
+    def _video(self, video: Tensor, rate: float) -> str:
+        """A file that browsers play; small frames enlarged, pixel by pixel."""
+        factor = max(1, SIDE // max(video.shape[2:]))
+        large = video.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
+        path = Path(tempfile.mkdtemp(prefix="lexel-")) / "clip.mp4"
+        write_clip(large, path, rate)
+        return str(path)
+
+    def choose(self, name: str) -> tuple[gr.Slider, gr.Checkbox, gr.Slider]:
+        """The number of tokens, the generative decoder and the steps, as far as a tokenizer has them."""
+        tokenizer = self.tokenizers[name]
+        layout = tokenizer.layout
         length = gr.Slider(value=layout.positions, maximum=layout.positions, visible=layout.flexible)
-        return length, gr.Checkbox(visible=name == OWN and self.has_detokenizer)
+        generative = gr.Checkbox(visible=name == OWN and self.has_detokenizer)
+        return length, generative, gr.Slider(visible=tokenizer.decodes_in_steps)
 
     def _detokenize(self, codes: Codes) -> Tensor:
         generator = torch.Generator(self.pipeline.device).manual_seed(0)
@@ -205,6 +277,10 @@ def _told() -> Iterator[None]:
 def _shown(pixels: Tensor | None) -> PictureFile.Image:
     assert pixels is not None
     return enlarged(to_image(pixels))
+
+
+def _samples(wave: Tensor) -> np.ndarray:
+    return (wave[0].clamp(-1, 1) * 32767).round().numpy().astype(np.int16)
 
 
 def _picture_input() -> gr.Image:
@@ -278,14 +354,56 @@ def _reconstruct_tab(actions: _Actions, demo: gr.Blocks) -> None:
             most = max(layout.positions for layout in layouts)
             length = gr.Slider(1, most, own.positions, step=1, label="Tokens", visible=own.flexible)
             detokenizer = gr.Checkbox(label="Generative decoder", visible=actions.has_detokenizer)
+            steps = gr.Slider(
+                0,
+                MOST_STEPS,
+                0,
+                step=1,
+                label="Steps (0: the decoder's own)",
+                visible=actions.tokenizers[OWN].decodes_in_steps,
+            )
             button = gr.Button("Reconstruct", variant="primary")
         with gr.Column():
             with gr.Row():
                 seen = gr.Image(label="As the tokenizer sees it", format="png", height=FRAME)
                 rebuilt = gr.Image(label="Through the tokens and back", format="png", height=FRAME)
             tokens = gr.Image(label="Tokens", format="png", height=FRAME)
-    inputs, outputs = [picture, length, detokenizer, name], [seen, rebuilt, tokens]
+    inputs, outputs = [picture, length, detokenizer, name, steps], [seen, rebuilt, tokens]
     # Without a length to choose, the hidden slider's release never fires.
     gr.on([button.click, length.release], actions.reconstruct, inputs, outputs, api_name="reconstruct")
     if several:
-        gr.on([name.change, demo.load], actions.choose, name, [length, detokenizer])
+        gr.on([name.change, demo.load], actions.choose, name, [length, detokenizer, steps])
+
+
+def _clip_tab(actions: _Actions) -> None:
+    names = list(actions.clip_tokenizers)
+    with gr.Row():
+        with gr.Column():
+            clip = gr.Video(label="Clip", height=FRAME)
+            name = gr.Dropdown(names, value=names[0], label="Tokenizer")
+            frames = gr.Slider(1, MOST_FRAMES, 17, step=1, label="Frames at most")
+            button = gr.Button("Reconstruct", variant="primary")
+        with gr.Column():
+            with gr.Row():
+                seen = gr.Video(label="As the tokenizer sees it", height=FRAME, loop=True, autoplay=True)
+                rebuilt = gr.Video(
+                    label="Through the tokens and back", height=FRAME, loop=True, autoplay=True
+                )
+            line = gr.Textbox(label="Tokens", interactive=False)
+    button.click(actions.reconstruct_clip, [clip, frames, name], [seen, rebuilt, line], api_name="clip")
+
+
+def _sound_tab(actions: _Actions) -> None:
+    names = list(actions.sound_tokenizers)
+    with gr.Row():
+        with gr.Column():
+            sound = gr.Audio(label="Sound", type="filepath")
+            name = gr.Dropdown(names, value=names[0], label="Tokenizer")
+            button = gr.Button("Reconstruct", variant="primary")
+        with gr.Column():
+            heard = gr.Audio(label="As the tokenizer hears it", format="wav", interactive=False)
+            rebuilt = gr.Audio(label="Through the codes and back", format="wav", interactive=False)
+            line = gr.Textbox(label="Tokens", interactive=False)
+            tokens = gr.Image(label="Codes, one codebook below the other", format="png", height=FRAME)
+    outputs = [heard, rebuilt, tokens, line]
+    button.click(actions.reconstruct_sound, [sound, name], outputs, api_name="sound")

@@ -143,7 +143,7 @@ class Partials(Iterator[Partial]):
     def _pixels(self, codes: Sequence[Codes]) -> Sequence[Tensor]:
         """Pictures ``[3, h, w]`` of codes, grey where none are known; all grey without a decoder."""
         size = self.pipeline.tokenizer.image_size
-        if not codes or not self.pipeline.tokenizer.has_decoder:
+        if not codes or not self.pipeline.tokenizer.draws_pixels:
             return [torch.zeros(3, *size) for _ in codes]
         together = concat_codes([_counted(one) for one in codes])
         flexible = self.pipeline.tokenizer.layout.flexible
@@ -227,6 +227,8 @@ class _Progress:
         if not self._open:
             return None
         layout = self.codec.layouts[modality]
+        if layout.streams and layout.flexible:
+            return None  # no position has all its codes before the last stream
         flat = self.codec.vocabulary.to_codes(torch.tensor([self._open]), layout, modality)
         return codes_so_far(flat[0], layout)
 

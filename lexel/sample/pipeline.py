@@ -13,7 +13,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from lexel.document import Document, DocumentCodec, Grammar, Image, Segment, Sta
 from lexel.errors import LexelError
 from lexel.models import load_drafter, load_lm
 from lexel.models.causal_lm import CausalLM
+from lexel.models.detokenizers.base import Detokenizer
 from lexel.sample.acceptance import Acceptance, exact
 from lexel.sample.bundle import (
     DRAFTERS,
@@ -46,6 +47,7 @@ from lexel.sample.bundle import (
 from lexel.sample.codes import concat_codes
 from lexel.sample.completion import Box, cells_outside, completion
 from lexel.sample.decode import run, seeds
+from lexel.sample.detokenize import detokenize
 from lexel.sample.engine import Engine
 from lexel.sample.generator import Request
 from lexel.sample.logits import SamplingConfig
@@ -71,18 +73,6 @@ BATCH = 64
 
 _LOCK = threading.Lock()
 """Threads that share a pipeline share its engine."""
-
-
-class Detokenizer(Protocol):
-    """What the pipeline needs of a generative decoder."""
-
-    def decode(self, codes: Codes, *, steps: int = ..., generator: torch.Generator | None = ...) -> Tensor:
-        """Codes → pixels ``[b, 3, h, w]`` in [-1, 1] in `steps` solver steps, noise from `generator`."""
-        ...
-
-    def save_pretrained(self, save_directory: str | Path, *, dtype: torch.dtype | None = ...) -> None:
-        """Write the part's own folder."""
-        ...
 
 
 class Pipeline:
@@ -506,10 +496,17 @@ class Pipeline:
                 codes = concat_codes([segment.codes for segment in segments])
                 options: dict[str, Any] = {"steps": steps, "generator": generator}
                 drawn = detokenizer and modality == "image"
-                pixels = self.decode(codes, modality=modality, detokenizer=drawn, **options)
+                texts = [self._text_before(documents[row], column) for row, column in some]
+                pixels = self.decode(codes, modality=modality, detokenizer=drawn, text=texts, **options)
                 for (row, column), segment, picture in zip(some, segments, pixels.cpu()):
                     documents[row][column] = replace(segment, pixels=picture)
         return replace(output, documents=[*documents])
+
+    @staticmethod
+    def _text_before(document: Document, column: int) -> str | None:
+        """The text nearest before a segment, which a detokenizer may read; None without one."""
+        texts = [segment.text for segment in document[:column] if isinstance(segment, Text)]
+        return texts[-1].strip() if texts and texts[-1] else None
 
     # Pictures
 
@@ -522,16 +519,19 @@ class Pipeline:
         detokenizer: bool = False,
         steps: int | None = None,
         generator: torch.Generator | None = None,
+        text: Sequence[str | None] | None = None,
     ) -> Tensor:
         """Codes of `modality` → pixels ``[b, 3, h, w]`` in [-1, 1], by its tokenizer's decoder or (pictures
-        only) the generative one. Raises LexelError when the bundle has none."""
-        codes = codes.to(self.device)
-        if not detokenizer:
-            return self.tokenizer_of(modality).decode(codes).clamp(-1, 1)
+        only) the generative one, which also stands in for a tokenizer that does not draw. text: what each
+        picture shows, for a detokenizer that reads it. Raises LexelError when the bundle has none."""
+        codes, own = codes.to(self.device), self.tokenizer_of(modality)
+        stands_in = modality == "image" and self.detokenizer is not None and not own.draws_pixels
+        if not detokenizer and not stands_in:
+            return own.decode(codes).clamp(-1, 1)
         if self.detokenizer is None:
             raise LexelError("this bundle has no detokenizer; leave it off, or train one and add it.")
-        options = {} if steps is None else {"steps": steps}
-        return self.detokenizer.decode(codes, generator=generator, **options).clamp(-1, 1)
+        options = {"text": text, "steps": steps, "generator": generator}
+        return detokenize(own, self.detokenizer, codes, **options).clamp(-1, 1)  # type: ignore[arg-type]
 
     def read_picture(self, picture: str | Path | Picture | Tensor) -> Tensor:
         """Pixels ``[3, h, w]`` at the tokenizer's size from a file, a PIL picture, or such pixels themselves.
@@ -610,11 +610,11 @@ class Pipeline:
 
     @torch.no_grad()
     def encode(self, pictures: Tensor, length: int | None = None) -> Codes:
-        """Pixels ``[b, 3, h, w]`` → codes; `length` limits the codes of a flexible tokenizer.
+        """Pixels ``[b, 3, h, w]`` → codes; `length` limits the codes of a flexible or multi-scale tokenizer.
         Raises LexelError when the tokenizer cannot shorten, or not to that length."""
         layout = self.tokenizer.layout
-        if length is not None and not (layout.flexible and 1 <= length <= layout.positions):
-            able = f"1 to {layout.positions}" if layout.flexible else f"always {layout.positions}"
+        if length is not None and length not in layout.lengths:
+            able = layout.described_lengths
             raise LexelError(f"this tokenizer writes {able} tokens per picture, got length {length}.")
         return self.tokenizer.encode(pictures.to(self.device), length)
 

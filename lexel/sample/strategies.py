@@ -86,12 +86,12 @@ def _builtin(lm: CausalLM) -> dict[str, Strategy]:
     return found
 
 
-def _of_model(name: str, model: Any) -> dict[str, Strategy]:
-    """What a trained drafter called `name` is used as."""
+def _of_model(name: str, model: Any, columns: int) -> dict[str, Strategy]:
+    """What a trained drafter called `name` is used as, for a model with so many codes per position."""
     if isinstance(model, CausalLM):
         return {name: Strategy(lambda lm, window: ModelDrafter(model, window), 4, "a small language model")}
     if isinstance(model, NeighbourTable):
-        return {
+        found = {
             name: Strategy(
                 lambda lm, window: TableDrafter(model, window), 4, "codes from their neighbours alone"
             ),
@@ -100,10 +100,12 @@ def _of_model(name: str, model: Any) -> dict[str, Strategy]:
                 4,
                 "Jacobi window, started from them",
             ),
-            f"pac-{name}": Strategy(
-                lambda lm, window: _pac(lm, window, TableGuess(model)), 4, "the same, beginning as a tree"
-            ),
         }
+        if columns == 1:
+            found[f"pac-{name}"] = Strategy(
+                lambda lm, window: _pac(lm, window, TableGuess(model)), 4, "the same, beginning as a tree"
+            )
+        return found
     if isinstance(model, Eagle):
         return {
             name: Strategy(
@@ -144,7 +146,7 @@ def strategies(lm: CausalLM, drafters: Mapping[str, Any]) -> dict[str, Strategy]
     """Every drafting strategy for a model and its trained drafters, by name ("plain" is not one)."""
     found = _builtin(lm)
     for name, model in drafters.items():
-        found |= _of_model(name, model)
+        found |= _of_model(name, model, lm.config.columns)
     return found
 
 

@@ -31,6 +31,13 @@ CLASSES = {
     "open_magvit2": "open_magvit2:OpenMagvit2",
     "open_magvit2_video": "open_magvit2:OpenMagvit2Video",
     "ibq": "ibq:IBQTokenizer",
+    "fourm": "fourm:FourM",
+    "fourm_divae": "fourm_divae:FourMDiVAE",
+    "seed": "seed:SeedTokenizer",
+    "lavit": "lavit:LaVIT",
+    "larp": "larp:LARP",
+    "tokenflow": "tokenflow:TokenFlow",
+    "sound": "sound:SoundTokenizer",
 }
 _REGISTERED: dict[str, type[Tokenizer]] = {}
 # Modules that hold published systems (`SYSTEMS`).
@@ -45,6 +52,13 @@ FAMILIES = (
     "maskgit_vqgan",
     "titok",
     "flextok",
+    "seed",
+    "lavit",
+    "larp",
+    "fourm",
+    "fourm_divae",
+    "tokenflow",
+    "sound",
 )
 
 __all__ = [
@@ -134,9 +148,10 @@ def export_published(tokenizer: Tokenizer, name: str, path: str | Path) -> None:
     has no decoder."""
     from lexel.catalog import export
 
-    if not tokenizer.has_decoder:
+    system, row = find_published(name)
+    if not tokenizer.has_decoder and not system.optional:
         raise LexelError(f"this tokenizer has no decoder, which a file of {name} must hold.")
-    export(tokenizer, *find_published(name), path)
+    export(tokenizer, system, row, path)
 
 
 def find_published(name: str) -> tuple[System, Published]:

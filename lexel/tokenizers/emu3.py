@@ -173,6 +173,10 @@ class Emu3Tokenizer(VideoTokenizer):
         """See `Tokenizer.embed`."""
         return self.quantize.decode(codes.indices)
 
+    def usable_frames(self, frames: int) -> int:
+        """See `VideoTokenizer.usable_frames`."""
+        return frames - frames % self.config.frames_per_code
+
     def _encode(self, pixels: Tensor, length: int | None) -> Codes:
         maps = self.latents(self._still(pixels))
         return _codes(self.quantize.encode(_positions(maps).float()), maps, is_clip=False)

@@ -14,7 +14,7 @@ t time in [0, 1], 1 is noise
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -29,6 +29,8 @@ from lexel.checkpoints import read_checkpoint
 from lexel.errors import LexelError
 from lexel.hub import mismatches, resolve_folder
 from lexel.nn.flow import integrate
+from lexel.nn.guidance import APG, Guide, Scale, check_guider, make_guide
+from lexel.nn.positions import sincos
 from lexel.tokenizers.base import Tokenizer
 from lexel.tokenizers.layout import CodeLayout
 from lexel.tokenizers.quantizers import QuantizerConfig
@@ -37,11 +39,7 @@ from lexel.types import Codes, QuantizerOutput, TokenizerOutput, check_pixels
 NORM_EPS = 1e-5
 TIME_BASE = 256.0  # of the sinusoidal time embedding, where others have 10000
 TAIL_DROPS = ("uniform", "pow2", "uniform_pow2")
-GUIDERS = ("none", "cfg", "apg")
 NOISE_SEED = 0  # of the start of `decode` unless noise or a generator is given
-Scale = float | Callable[[float], float]
-# (conditional velocity, null velocity, t) -> the guided velocity.
-Guide = Callable[[Tensor, Tensor, float], Tensor]
 
 
 @dataclass(frozen=True)
@@ -107,17 +105,6 @@ class HalfConfig:
 
 
 @dataclass(frozen=True)
-class APG:
-    """Adaptive projected guidance (arXiv 2410.02416): the difference of the two velocities gets `momentum`,
-    is cut to a norm of `threshold` (0: never), and its part along the conditional velocity is scaled by
-    `eta`. Defaults are FlexTok's."""
-
-    momentum: float = -0.5
-    threshold: float = 2.5
-    eta: float = 0.0
-
-
-@dataclass(frozen=True)
 class FlexTokConfig:
     """image_size: (h, w) in pixels, or the side of a square: what `decode` draws, and the largest picture.
     vae: None takes the pixels themselves as latents, for small pictures. registers: N, the longest code.
@@ -162,7 +149,7 @@ class FlexTokConfig:
             raise ValueError(
                 f"feature_layer {self.feature_layer} is none of the {self.decoder.depth} decoder blocks."
             )
-        _check_guider(self.guider)
+        check_guider(self.guider)
 
     @property
     def downsampling(self) -> int:
@@ -311,17 +298,6 @@ class GridPositions(nn.Module):
         if h > self.posembs.shape[2] or w > self.posembs.shape[3]:
             raise ValueError(f"positions are for {tuple(self.posembs.shape[2:])} patches, got {(h, w)}.")
         return x + rearrange(self.posembs[:, :, :h, :w], "1 d h w -> 1 h w d")
-
-
-def sincos(dim: int, h: int, w: int) -> Tensor:
-    """``[1, dim, h, w]``: sine and cosine of one coordinate, then of the other. The published table numbers
-    its cells column by column and is then read row by row: on a square grid the first is the row, on any
-    other neither coordinate is a row or column."""
-    first, second = torch.meshgrid(torch.arange(w).float(), torch.arange(h).float(), indexing="ij")
-    omega = 1 / 10000 ** (torch.arange(dim // 4).float() / (dim // 4))
-    angles = [torch.outer(axis.reshape(-1), omega) for axis in (first, second)]
-    table = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], 1)
-    return rearrange(table, "(h w) d -> 1 d h w", h=h, w=w)
 
 
 class LinePositions(nn.Module):
@@ -498,6 +474,7 @@ class FlexTok(Tokenizer):
 
     model_type: ClassVar[str] = "flextok"
     config_class: ClassVar[type] = FlexTokConfig
+    decodes_in_steps: ClassVar[bool] = True
     config: FlexTokConfig
 
     def __init__(self, config: FlexTokConfig) -> None:
@@ -632,7 +609,7 @@ class FlexTok(Tokenizer):
         if noise is None:
             noise = self._noise(codes.indices, *self._latent_size(size or self.image_size), generator)
         scale = config.guidance if guidance is None else guidance
-        guide = _guide(_check_guider(config.guider if guider is None else guider), scale, apg or APG())
+        guide = make_guide(check_guider(config.guider if guider is None else guider), scale, apg or APG())
         steps = config.steps if steps is None else steps
         return self._integrate(*self._condition(codes), noise, guide, steps)
 
@@ -650,7 +627,7 @@ class FlexTok(Tokenizer):
             drawn = noise - self.decoder(noise, one, output.quantized, lengths, lengths < 0)[0]
         else:
             config = self.config
-            guide = _guide(config.guider, config.guidance, APG())
+            guide = make_guide(config.guider, config.guidance, APG())
             drawn = self._integrate(output.quantized, lengths, noise, guide, config.steps)
         codes = Codes(output.indices, lengths=lengths)
         return TokenizerOutput(self.pictures(drawn), codes, output, registers)
@@ -816,40 +793,6 @@ def small(*shape: int) -> Tensor:
 def _float32(like: Tensor) -> Any:
     """The VAE runs in float32 whatever autocast says, as published."""
     return torch.autocast(like.device.type, enabled=False)
-
-
-def _check_guider(name: str) -> str:
-    if name not in GUIDERS:
-        raise ValueError(f"guider must be one of {', '.join(GUIDERS)}, got {name!r}.")
-    return name
-
-
-def _guide(kind: str, scale: Scale, apg: APG) -> Guide | None:
-    """The guide of one run; None where nothing is guided."""
-    if kind == "none" or scale == 1.0:
-        return None
-    value = scale if callable(scale) else lambda time: scale
-    if kind == "cfg":
-        return lambda given, free, time: free + value(time) * (given - free)
-    # diffusers' function, not its guider class: that one is experimental, keeps its momentum from run to run
-    # unless its own pipeline prepares it, and leaves the momentum alone in steps of scale 1.
-    from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
-
-    momentum = MomentumBuffer(apg.momentum)
-
-    def guided(given: Tensor, free: Tensor, time: float) -> Tensor:
-        # Its "original formulation" starts from the conditional velocity, hence the scale - 1.
-        return normalized_guidance(
-            given,
-            free,
-            value(time) - 1,
-            momentum,
-            apg.eta,
-            apg.threshold,
-            use_original_formulation=True,
-        )
-
-    return guided
 
 
 # Published checkpoints

@@ -5,7 +5,9 @@ A layout is the product of an *order* of positions (raster, 1D fixed or flexible
 
 * parallel: one step per position, k columns;
 * interleaved: k steps per position, one column;
-* delayed: k columns, codebook j shifted j steps to the right (MusicGen, arXiv 2306.05284).
+* delayed: k columns, codebook j shifted j steps to the right (MusicGen, arXiv 2306.05284);
+* sequential: one column, all codes of the first codebook, then all of the second … (the content and timbre
+  streams of MIO's speech, arXiv 2409.17692).
 
 The language model never knows: it sees steps and columns. Laws: ``unflatten(flatten(c)) == c``.
 
@@ -14,8 +16,10 @@ b batch · n positions · k codebooks · t steps · c columns
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -25,6 +29,7 @@ from torch import Tensor
 from lexel.types import Codes
 
 EMPTY = -1
+PATTERNS = ("parallel", "interleaved", "delayed", "sequential")
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class CodeLayout:
     length: int | None = None
     flexible: bool = False
     scales: tuple[tuple[int, int], ...] | None = None
-    pattern: Literal["parallel", "interleaved", "delayed"] = "parallel"
+    pattern: Literal["parallel", "interleaved", "delayed", "sequential"] = "parallel"
     row_end: bool = False
 
     def __post_init__(self) -> None:
@@ -54,12 +59,12 @@ class CodeLayout:
             )
         if not self.codebook_sizes or min(self.codebook_sizes) < 1:
             raise ValueError(f"codebook_sizes must be positive, got {self.codebook_sizes}.")
-        if self.pattern not in ("parallel", "interleaved", "delayed"):
-            raise ValueError(f"pattern must be parallel, interleaved or delayed, got {self.pattern!r}.")
+        if self.pattern not in PATTERNS:
+            raise ValueError(f"pattern must be one of {', '.join(PATTERNS)}, got {self.pattern!r}.")
         if self.flexible and (self.length is None or (self.pattern == "delayed" and self.k > 1)):
             raise ValueError("a flexible layout is one-dimensional (length=…) and not delayed.")
-        if self.row_end and (self.grid is None or (self.pattern == "delayed" and self.k > 1)):
-            raise ValueError("row_end needs a raster grid and no delay.")
+        if self.row_end and (self.grid is None or (self.pattern in ("delayed", "sequential") and self.k > 1)):
+            raise ValueError("row_end needs a raster grid, and codes in its order: no delay, no streams.")
 
     @property
     def k(self) -> int:
@@ -73,27 +78,53 @@ class CodeLayout:
             return self.grid[0] * self.grid[1]
         return self.length if self.length is not None else sum(h * w for h, w in self.scales or ())
 
+    @cached_property
+    def lengths(self) -> Sequence[int]:
+        """The numbers of positions that one picture may be coded in: any of a flexible layout, those that end
+        a scale of a multi-scale one, else all positions."""
+        if self.flexible:
+            return range(1, self.positions + 1)
+        if self.scales is not None:
+            return tuple(accumulate(h * w for h, w in self.scales))
+        return (self.positions,)
+
+    @property
+    def described_lengths(self) -> str:
+        """`lengths` in words, to stand before "codes" or "tokens"."""
+        if self.flexible:
+            return f"1 to {self.positions}"
+        *fewer, full = self.lengths
+        return f"{', '.join(map(str, fewer))} or {full}" if fewer else f"always {full}"
+
+    @property
+    def streams(self) -> bool:
+        """Whether several codebooks are written one after the other."""
+        return self.pattern == "sequential" and self.k > 1
+
     @property
     def columns(self) -> int:
         """Codes per step of the flat sequence."""
-        return 1 if self.pattern == "interleaved" else self.k
+        return 1 if self.pattern in ("interleaved", "sequential") else self.k
 
     @property
     def steps(self) -> int:
-        """Length of the flat sequence (the maximum for flexible layouts)."""
-        if self.pattern == "interleaved":
+        """Length of the flat sequence (the maximum for flexible layouts). In a sequential one each stream has
+        room for all positions; a shorter sound leaves steps out at the end of every stream."""
+        if self.columns < self.k:
             return self.positions * self.k
         return self.positions + (self.k - 1 if self.pattern == "delayed" else 0)
 
     def steps_for(self, positions: int) -> int:
         """Flat steps taken by the first `positions` positions of a flexible sequence."""
-        return positions * self.k if self.pattern == "interleaved" else positions
+        return positions * self.k if self.columns < self.k else positions
 
     def allowed(self, step: int) -> tuple[int | None, ...]:
         """The codebook expected in each column at `step`; None is an empty column (delay padding)."""
         self._check(step)
         if self.pattern == "interleaved":
             return (step % self.k,)
+        if self.pattern == "sequential":
+            return (step // self.positions,)
         if self.pattern == "parallel":
             return tuple(range(self.k))
         return tuple(j if 0 <= step - j < self.positions else None for j in range(self.k))
@@ -102,6 +133,8 @@ class CodeLayout:
         """Whether the sequence may stop after `step` steps have been written."""
         if step == self.steps:
             return True
+        if self.streams:  # where the first stream ends says how long the others are
+            return False
         return self.flexible and step > 0 and (self.pattern != "interleaved" or step % self.k == 0)
 
     def coordinates(self, step: int) -> tuple[int, int]:
@@ -109,6 +142,8 @@ class CodeLayout:
         A delayed step has the coordinates of its first codebook, clipped to the last position."""
         self._check(step)
         position = step // self.k if self.pattern == "interleaved" else min(step, self.positions - 1)
+        if self.pattern == "sequential":
+            position = step % self.positions
         if self.grid is not None:
             return divmod(position, self.grid[1])
         if self.scales is None:
@@ -130,6 +165,8 @@ class CodeLayout:
             indices = indices.masked_fill(beyond[..., None], EMPTY)
         if self.pattern == "interleaved":
             return rearrange(indices, "b n k -> b (n k) 1")
+        if self.pattern == "sequential":
+            return rearrange(indices, "b n k -> b (k n) 1")
         if self.pattern == "parallel" or self.k == 1:
             return indices
         flat = indices.new_full((indices.shape[0], self.steps, self.k), EMPTY)
@@ -139,17 +176,19 @@ class CodeLayout:
 
     def unflatten(self, flat: Tensor) -> Codes:
         """Long ``[b, t, c]`` → Codes; the inverse of `flatten`. For flexible layouts t may be shorter than
-        `steps` and rows may end early with EMPTY. Raises ValueError on any other missing code."""
+        `steps` (sequential: streams of equal length without room between them) and rows may end early with
+        EMPTY. Raises ValueError on any other missing code."""
         if flat.ndim != 3 or flat.shape[2] != self.columns:
             raise ValueError(f"flat codes must be [b, t, {self.columns}], got {tuple(flat.shape)}.")
         if flat.shape[1] != self.steps and not (self.flexible and 0 < flat.shape[1] < self.steps):
             raise ValueError(f"{self.order} holds {self.steps} steps, got {flat.shape[1]}.")
-        if self.pattern == "interleaved":
+        if self.columns < self.k or self.pattern == "sequential":
             if flat.shape[1] % self.k:
                 raise ValueError(
-                    f"{flat.shape[1]} interleaved steps do not fill positions of {self.k} codes."
+                    f"{flat.shape[1]} {self.pattern} steps do not fill positions of {self.k} codes."
                 )
-            indices = rearrange(flat, "b (n k) 1 -> b n k", k=self.k)
+            order = "b (n k) 1 -> b n k" if self.pattern == "interleaved" else "b (k n) 1 -> b n k"
+            indices = rearrange(flat, order, k=self.k)
         elif self.pattern == "delayed" and self.k > 1:
             indices = torch.stack([flat[:, j : j + self.positions, j] for j in range(self.k)], dim=2)
         else:
@@ -166,6 +205,18 @@ class CodeLayout:
             indices = indices.masked_fill(~inside[..., None], 0)
         self._check_range(indices)
         return Codes(indices, self.grid, self.scales, lengths)
+
+    def padded(self, codes: Codes) -> Codes:
+        """Codes of fewer positions (a sound's) as codes of this flexible layout: as long, with `lengths`.
+        Raises ValueError for more positions than it has, or fewer where it is not flexible."""
+        n = codes.indices.shape[1]
+        if n > self.positions or (n < self.positions and not self.flexible):
+            raise ValueError(f"{n} positions of codes do not fit {self.order}.")
+        lengths = codes.lengths
+        if lengths is None and self.flexible:
+            lengths = torch.full((len(codes),), n, device=codes.indices.device)
+        padding = (0, 0, 0, self.positions - n)
+        return Codes(torch.nn.functional.pad(codes.indices, padding), self.grid, self.scales, lengths)
 
     @property
     def order(self) -> str:

@@ -317,6 +317,10 @@ class OpenMagvit2Video(VideoTokenizer):
     def _decode(self, latents: Tensor, codes: Codes) -> Tensor:
         return self._decode_video(latents, codes)[:, 0]
 
+    def usable_frames(self, frames: int) -> int:
+        """See `VideoTokenizer.usable_frames`."""
+        return frames - (frames - 1) % self.config.time_downsampling if frames else 0
+
     def _encode_video(self, video: Tensor) -> Codes:
         self._check_size(video[:, 0])
         latents, frames, grid = self._latents(video)

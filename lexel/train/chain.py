@@ -215,13 +215,17 @@ class Chain:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The trained tokenizer, frozen."""
+        """The trained tokenizer, frozen, of the size of the run's pictures."""
+        if self.has_pictures:
+            self._check_size("data", self.tokenizer_of_any_size)
+        return self.tokenizer_of_any_size
+
+    @cached_property
+    def tokenizer_of_any_size(self) -> Tokenizer:
+        """The trained tokenizer, frozen, for stages that fit the pictures to it."""
         from lexel.tokenizers import from_pretrained
 
-        tokenizer = from_pretrained(self.part_folder("tokenizer"))
-        if self.has_pictures:
-            self._check_size("data", tokenizer)
-        return tokenizer.requires_grad_(False)
+        return from_pretrained(self.part_folder("tokenizer")).requires_grad_(False)
 
     def _check_size(self, name: str, tokenizer: Tokenizer) -> None:
         size = tuple(self.data_of(name).image_size)
@@ -235,7 +239,7 @@ class Chain:
     @cached_property
     def fingerprint(self) -> str:
         """Of the tokenizer."""
-        return self.tokenizer.fingerprint()
+        return self.tokenizer_of_any_size.fingerprint()
 
     def codes_settings(self, name: str = "data") -> dict[str, Any]:
         """What decides the codes of a data source."""

@@ -40,6 +40,13 @@ NEEDED = {
 ConfigStore.instance().store(name="schema", node=Run)
 
 
+def settings_of(*overrides: str) -> Run:
+    """The settings of ``lexel-train OVERRIDES``, for Python; `lexel.train.chain.run_chain` runs them.
+    Raises as `resolve` does, and HydraException for what does not compose."""
+    with hydra.initialize_config_module("lexel.conf", version_base="1.3"):
+        return resolve(hydra.compose("train", overrides=list(overrides)))
+
+
 def resolve(cfg: DictConfig) -> Run:
     """The composed configuration as plain objects: settings as their dataclasses, every needed group's
     `_target_` instantiated. Raises ValueError or LexelError, naming the key, on what makes no sense."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,14 +201,24 @@ class StageModule(lightning.LightningModule, ABC):
         """One optimizer over the network (and whatever of the objective learns with it)."""
         return self.optimizer_for(self.network.named_parameters(), self.stage.lr)
 
-    def optimizer_for(self, named: Iterable[tuple[str, nn.Parameter]], lr: float) -> dict[str, Any]:
-        """Optimizer and per-step schedule in Lightning's form; vectors (norms, biases) are not decayed."""
+    def optimizer_for(
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        lr: float,
+        rate: Callable[[str], float] = lambda name: 1.0,
+    ) -> dict[str, Any]:
+        """Optimizer and per-step schedule in Lightning's form; vectors (norms, biases) are not decayed, and
+        a parameter learns at `rate` of its name times `lr`."""
         from lexel.train.schedule import build_schedule
 
-        parameters = [parameter for _, parameter in named if parameter.requires_grad]
-        groups: list[dict[str, Any]] = [{"params": [p for p in parameters if p.ndim > 1]}]
-        if vectors := [p for p in parameters if p.ndim <= 1]:
-            groups.append({"params": vectors, "weight_decay": 0.0})
+        parameters: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in named:
+            if parameter.requires_grad:
+                parameters.setdefault(rate(name), []).append(parameter)
+        groups: list[dict[str, Any]] = []
+        for factor, own in parameters.items():
+            groups.append({"params": [p for p in own if p.ndim > 1], "lr": factor * lr})
+            groups.append({"params": [p for p in own if p.ndim <= 1], "lr": factor * lr, "weight_decay": 0.0})
         optimizer = self.stage.optimizer([group for group in groups if group["params"]], lr=lr)
         schedule = build_schedule(optimizer, self.stage)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

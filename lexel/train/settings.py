@@ -105,11 +105,13 @@ class StageSettings:
 @dataclass
 class TokenizerStage(StageSettings):
     """discriminator_lr: learning rate of the discriminator where the objective has one. vae: folder or hub id
-    of a diffusers AutoencoderKL whose weights a FlexTok's frozen VAE takes. frozen: modules and parameters of
-    the tokenizer that do not learn (``[encoder, latent_tokens]``)."""
+    of a diffusers AutoencoderKL whose weights a FlexTok's frozen VAE takes. tower: folder or hub id of a CLIP
+    or SigLIP whose weights a TokenFlow's semantic encoder starts from. frozen: modules and parameters of the
+    tokenizer that do not learn (``[encoder, latent_tokens]``)."""
 
     discriminator_lr: float = 1e-4
     vae: str | None = None
+    tower: str | None = None
     frozen: list[str] = field(default_factory=list)
 
 
@@ -251,9 +253,24 @@ class SelfAssessStage(LMStage):
 
 @dataclass
 class DetokenizerStage(StageSettings):
-    """steps_to_decode: solver steps of the sample grid (the detokenizer's own config says what users get)."""
+    """steps_to_decode: solver steps of the sample grid (the detokenizer's own config says what users get).
+    distil: folder or hub id of a trained detokenizer that is distilled, instead of training the one that
+    ``detokenizer`` describes, into one that is drawn in `steps_to_decode` steps; teacher_steps,
+    teacher_guidance: how that one draws (null: its own guidance); times_per_pair: how often each of its
+    drawings is learned from, since drawing costs more than learning."""
 
     steps_to_decode: int = 8
+    distil: str | None = None
+    teacher_steps: int = 25
+    teacher_guidance: float | None = None
+    times_per_pair: int = 4
+
+    def check(self, name: str) -> None:
+        """See `StageSettings.check`."""
+        super().check(name)
+        for key in ("steps_to_decode", "teacher_steps", "times_per_pair"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"stages.{name}.{key} must be at least 1, got {getattr(self, key)}.")
 
 
 @dataclass

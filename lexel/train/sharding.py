@@ -23,7 +23,8 @@ def shard(network: nn.Module, mesh: Any, half: bool = False) -> None:
     for block in blocks(network):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(network, mesh=mesh, mp_policy=policy)
-    for name in ("encode", "decode", "embed", "loss", "flow", "predict_proxy", "draft_logits"):
+    losses = ("loss", "loss_of", "flow", "predict_proxy", "draft_logits")
+    for name in ("encode", "decode", "embed", "draw", *losses):
         if hasattr(network, name):
             register_fsdp_forward_method(network, name)
 

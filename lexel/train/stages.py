@@ -41,10 +41,13 @@ def run_tokenizer(chain: Chain) -> None:
         from lexel.train.tokenizer_module import TokenizerModule
 
         network = fresh_network(config, run.seed, run.stages.tokenizer.init)
+        _check_clips(run.data, network)
         _fill_vae(network, run.stages.tokenizer)
+        _fill_tower(network, run.stages.tokenizer)
         module = TokenizerModule(network, objective.build(), run.stages.tokenizer, run.seed, _preview(chain))
         usage = [CodebookUsage(network.codebook_sizes)]
-        return train_network(chain, "tokenizer", module, folder, *_pictures(chain), stack_pixels, usage)
+        collate = module.objective.collate
+        return train_network(chain, "tokenizer", module, folder, *pictures_of(chain), collate, usage)
 
     training_stage(chain, "tokenizer", work, network=config, objective=objective)
     if run.any_to_any.modalities:
@@ -193,22 +196,11 @@ def _neighbours(chain: Chain) -> None:
 
 
 def run_detokenizer(chain: Chain) -> None:
-    """Train the detokenizer on the frozen tokenizer's codes."""
-    run, stage = chain.run, chain.run.stages.detokenizer
+    """Train the detokenizer on the frozen tokenizer's codes, or distil a trained one."""
+    from lexel.train.detokenizers import distil_detokenizer, train_detokenizer
+
     _need_pictures(chain)
-    config = complete_detokenizer(run.detokenizer, chain.tokenizer)
-
-    def work(folder: Path) -> dict[str, Any]:
-        from lexel.sample.bundle import TRAINED_ON_FILE, write_json
-        from lexel.train.detokenizer_module import DetokenizerModule
-
-        network = fresh_network(config, run.seed, stage.init)
-        module = DetokenizerModule(network, chain.tokenizer, stage, run.seed, _preview(chain))
-        write_json(folder / TRAINED_ON_FILE, {"tokenizer": chain.fingerprint})
-        return train_network(chain, "detokenizer", module, folder, *_pictures(chain), stack_pixels)
-
-    inputs = {"network": config, "tokenizer": chain.fingerprint}
-    training_stage(chain, "detokenizer", work, **inputs)
+    (distil_detokenizer if chain.run.stages.detokenizer.distil else train_detokenizer)(chain)
 
 
 def run_curriculum(chain: Chain) -> None:
@@ -238,21 +230,6 @@ def load_lm(folder: Path) -> CausalLM:
     from lexel.models import load_lm
 
     return load_lm(folder)
-
-
-def complete_detokenizer(config: partial[Any], tokenizer: Any) -> Any:
-    """The detokenizer config with the tokenizer's geometry filled in. A 1D tokenizer's codes are gathered
-    onto a grid as coarse as the network's lowest resolution."""
-    layout = tokenizer.layout
-    values: dict[str, Any] = {
-        "codebook_sizes": layout.codebook_sizes,
-        "image_size": tuple(tokenizer.image_size),
-        "grid": layout.grid,
-    }
-    if layout.grid is None:
-        unit = config.keywords["patch"] * 2 ** (len(config.keywords["channels"]) - 1)
-        values |= {"length": layout.positions, "grid": tuple(side // unit for side in tokenizer.image_size)}
-    return config(**values)
 
 
 def training_stage(
@@ -330,6 +307,30 @@ def _fill_vae(network: Any, stage: TokenizerStage) -> None:
         )
 
 
+def _fill_tower(network: Any, stage: TokenizerStage) -> None:
+    """Give a TokenFlow's semantic encoder its first weights, where the stage names any."""
+    if stage.tower is None:
+        return
+    from lexel.tokenizers.tokenflow import TokenFlow
+
+    if not isinstance(network, TokenFlow):
+        raise LexelError("stages.tokenizer.tower belongs to a TokenFlow (tokenizer=tokenflow).")
+    if stage.init is not None:
+        raise LexelError("stages.tokenizer.init holds a tower already; leave stages.tokenizer.tower null.")
+    network.load_tower(stage.tower)
+
+
+def _check_clips(data: Any, network: Any) -> None:
+    """Raise LexelError for a source of clips and a tokenizer of pictures."""
+    from lexel.tokenizers.base import VideoTokenizer
+
+    if hasattr(data, "frames") and not isinstance(network, VideoTokenizer):
+        raise LexelError(
+            f"the data are clips, but {type(network).__name__} reads pictures; choose a tokenizer of clips "
+            "(tokenizer=larp, open_magvit2_video or emu3), or data of pictures."
+        )
+
+
 def _need_pictures(chain: Chain) -> None:
     if not chain.has_pictures:
         raise LexelError(
@@ -337,7 +338,7 @@ def _need_pictures(chain: Chain) -> None:
         )
 
 
-def _pictures(chain: Chain) -> tuple[Dataset[Any], Dataset[Any]]:
+def pictures_of(chain: Chain) -> tuple[Dataset[Any], Dataset[Any]]:
     """Training pictures, varied from draw to draw where the source is told so, and validation pictures."""
     seed = chain.run.seed if getattr(chain.run.data, "varies", False) else None
     return DrawnDataset(chain.source("train"), seed), DrawnDataset(chain.source("validation"))
@@ -353,8 +354,8 @@ def _drawing(
     chain: Chain, codec: DocumentCodec, pictured: Sequence[str]
 ) -> Callable[[nn.Module, int], Tensor] | None:
     """What draws the LM's sample grid: the first validation captions of the first source with pictures, with
-    the pipeline's default sampling."""
-    if not pictured:
+    the pipeline's default sampling; None where the tokenizer has no pixels to show."""
+    if not pictured or not chain.tokenizer.draws_pixels:
         return None
     from lexel.document import Image, Text
 

@@ -1,4 +1,4 @@
-"""Training a tokenizer: reconstruction and quantizer terms, with a discriminator from its start step on.
+"""Training a tokenizer by an objective, with a discriminator from its start step on.
 
 b batch · h w picture
 """
@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from lexel.train.module import Metrics, StageModule, freeze
-from lexel.train.objectives.flextok import FlowObjective
-from lexel.train.objectives.tokenizer import TokenizerObjective, psnr
+from lexel.train.objectives.base import Objective
 from lexel.train.settings import TokenizerStage
 
 
 class TokenizerModule(StageModule):
-    """Tokenizer and objective. Batches are pixels ``[b, 3, h, w]`` in [-1, 1].
+    """Tokenizer and objective. Batches are what `Objective.collate` makes.
 
     Lightning's automatic optimisation runs the training unless the objective holds a discriminator: then both
     optimizers step by hand, the discriminator on the same reconstruction as the tokenizer.
@@ -29,7 +28,7 @@ class TokenizerModule(StageModule):
     def __init__(
         self,
         network: nn.Module,
-        objective: TokenizerObjective | FlowObjective,
+        objective: Objective,
         stage: TokenizerStage,
         seed: int = 0,
         preview: Tensor | None = None,
@@ -38,7 +37,7 @@ class TokenizerModule(StageModule):
         resting = freeze(network, stage.frozen)
         super().__init__(network, stage, seed)
         self._resting = resting
-        self.objective: Any = objective
+        self.objective = objective
         self.automatic_optimization = objective.discriminator is None
         self.preview = preview
 
@@ -51,12 +50,12 @@ class TokenizerModule(StageModule):
         """Parts that do not learn keep their statistics too."""
         return [*super().frozen(), *self._resting]
 
-    def compute(self, network: Any, batch: Tensor) -> tuple[Tensor, Metrics]:
+    def compute(self, network: Any, batch: Any) -> tuple[Tensor, Metrics]:
         """The tokenizer's own loss."""
         output = self.objective.predict(network, batch, self.step)
         return self.objective.generator_loss(output, batch, self.step, network.last_layer)
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:  # type: ignore[override]
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:  # type: ignore[override]
         """One batch; with a discriminator both losses and both optimizers."""
         if self.automatic_optimization:
             return super().training_step(batch, batch_idx)
@@ -67,11 +66,13 @@ class TokenizerModule(StageModule):
         loss, metrics = self.objective.generator_loss(output, batch, step, network.last_layer)
         self.check_loss(loss)
         self._learn(loss, optimizers[0], schedules[0], last)  # type: ignore[index]
-        if self.objective.is_adversarial(step):
+        if self.objective.judges(step):
             other, more = self.objective.discriminator_loss(output, batch, step)
             self.check_loss(other)
             self._learn(other, optimizers[1], schedules[1], last)  # type: ignore[index]
             metrics = {**metrics, **more}
+        elif self.objective.is_adversarial(step) and last:
+            schedules[1].step()  # type: ignore[index]
         self.consumed += 1
         self.collect({"loss": loss.detach(), **metrics})
         return None
@@ -86,11 +87,10 @@ class TokenizerModule(StageModule):
             optimizer.zero_grad()
             schedule.step()
 
-    def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Reconstruction quality with the weights that will be exported."""
-        output = self.exported(batch)
-        fake = output.reconstruction.float()
-        self._validation.append({"psnr": psnr(fake, batch), "l1": (fake - batch).abs().mean()})
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """What the objective measures, with the weights that will be exported."""
+        output = self.objective.observe(self.exported, batch)
+        self._validation.append(self.objective.measure(output, batch))
         return {"codes": output.codes.indices}
 
     def configure_optimizers(self) -> Any:
@@ -100,14 +100,18 @@ class TokenizerModule(StageModule):
         theirs = {} if discriminator is None else dict(discriminator.named_parameters())
         known = {id(parameter) for parameter in theirs.values()}
         heads = {f"objective.{k}": p for k, p in self.objective.named_parameters() if id(p) not in known}
-        first = self.optimizer_for({**own, **heads}.items(), self.stage.lr)
+        first = self.optimizer_for({**own, **heads}.items(), self.stage.lr, self.objective.rate)
         if discriminator is None:
             return first
         return [first, self.optimizer_for(theirs.items(), self.stage.discriminator_lr)]
 
     def pictures(self, network: Any, count: int) -> Tensor | None:
-        """The preview pictures above their reconstructions."""
-        if self.preview is None:
+        """The preview pictures above their reconstructions; of clips the frames, each clip above its own.
+        None where a detokenizer would have to draw."""
+        if self.preview is None or not network.draws_pixels:
             return None
         pixels = self.preview[:count].to(self.device)
+        if pixels.ndim == 5:
+            drawn = network.decode_video(network.encode_video(pixels))
+            return torch.stack([pixels, drawn], 1).flatten(0, 1)
         return torch.stack([pixels, network.decode(network.encode(pixels))])

@@ -27,6 +27,11 @@ ZERO = 1e-6
 # System → the function that recomputes its recorded tensors: Fixture → name → tensor.
 SYSTEMS = {
     "flextok": "flextok:flextok",
+    "fourm_vq": "fourm:vq",
+    "fourm_vq_semseg": "fourm:vq",
+    "fourm_vq_featuremap": "fourm:vq",
+    "fourm_vq_global": "fourm:vq",
+    "fourm_divae": "fourm:divae",
     "llamagen_vq": "vq:llamagen",
     "titok": "titok:titok",
     "one_d_piece": "titok:one_d_piece",
@@ -39,10 +44,13 @@ SYSTEMS = {
     "fqgan_dual": "factorized:dual",
     "fqgan_triple": "factorized:triple",
     "elm_bae": "bae:bae",
+    "seed": "seed:seed",
+    "seed_reverse": "seed:seed_reverse",
     "lantern": "lantern:lantern",
     "eagle_head": "eagle:heads",
     "llamagen_gpt_c2i": "raster:llamagen_c2i",
     "llamagen_gpt_t2i": "raster:llamagen_t2i",
+    "larp": "larp:larp",
     "larp_ar": "raster:larp",
     "fqgan_ar_dual": "raster_columns:fqgan_dual",
     "fqgan_ar_triple": "raster_columns:fqgan_triple",
@@ -50,6 +58,9 @@ SYSTEMS = {
     "open_magvit2_ar": "raster_columns:open_magvit2",
     "liquid": "liquid:liquid",
     "liquid_llama": "liquid:liquid",
+    "lavit": "lavit:lavit",
+    "tokenflow": "tokenflow:clip",
+    "tokenflow_siglip": "tokenflow:siglip",
 }
 Recompute = Callable[[Fixture], Mapping[str, Tensor]]
 

@@ -68,6 +68,14 @@ class Fixture:
             raise LexelError(f"{self.folder} needs {RULE_FILE} or one weight file, found: {names}.")
         return (named or found)[0]
 
+    def weights_folder(self) -> Path:
+        """The folder of a checkpoint of several files: this one, or `scratch` with the files written by
+        rule."""
+        if (self.folder / RULE_FILE).is_file():
+            write_by_rule(self.folder, self.scratch)
+            return self.scratch
+        return self.folder
+
 
 def write_by_rule(folder: Path, scratch: Path) -> Path:
     """Write the files that `weights.json` describes into `scratch`; returns the first one's path."""

@@ -29,8 +29,9 @@ from lexel.sample.stream import Prediction, Tree
 
 Init = Literal["random", "repeat"]
 Coupling = Literal["independent", "maximal", "gumbel"]
-# A learned guess of the token at a place, given those drafted before it: one distribution, None for no idea.
-Guess = Callable[[Row, Place, list[Token]], Distribution | None]
+# A learned guess of one column at a place, given the tokens drafted before it: one distribution, None for no
+# idea.
+Guess = Callable[[Row, Place, list[Token], int], Distribution | None]
 
 
 @dataclass
@@ -44,11 +45,11 @@ class Window:
 
 
 class JacobiDrafter(Drafter):
-    """window: positions read at once. init: how a position enters it: "random" (uniform among the allowed
-    ids), "repeat" (the id to its left when allowed, `repeat_horizon` of the released code) or a learned
-    `Guess` (uniform where it has no idea). coupling: how a position is redrawn: "independent", "maximal"
-    (kept as often as the overlap of old and new distribution allows) or "gumbel" (the same noise in every
-    pass)."""
+    """window: positions read at once. init: how a position enters it, column by column: "random" (uniform
+    among the allowed ids), "repeat" (the id to its left when allowed, `repeat_horizon` of the released code)
+    or a learned `Guess` (uniform where it has no idea). coupling: how a position is redrawn: "independent",
+    "maximal" (kept as often as the overlap of old and new distribution allows) or "gumbel" (the same noise in
+    every pass)."""
 
     def __init__(
         self, window: int = 16, init: Init | Guess = "random", coupling: Coupling = "maximal"
@@ -61,11 +62,12 @@ class JacobiDrafter(Drafter):
         self.init, self.coupling = init, coupling
         self._windows: list[Window] = []
         self._last: tuple[Distribution, ...] = ()
+        self._books: dict[tuple[int, int], tuple[Tensor, frozenset[int]]] = {}
 
     def admit(self, session: Session, rows: list[Row], prompts: Prediction | None) -> None:
         """Begin with empty windows."""
         if len(session.rows) == len(rows):
-            self._windows, self._last = [], ()
+            self._windows, self._last, self._books = [], (), {}
         self._windows += [Window() for _ in rows]
 
     def drop(self, row: int) -> None:
@@ -131,40 +133,41 @@ class JacobiDrafter(Drafter):
     ) -> tuple[tuple[int, ...], tuple[Distribution, ...]]:
         """A token that enters the window: its ids, and per column the distribution it was drawn from."""
         place = row.policy.place(state)
-        if session.columns > 1:
-            return self._fresh_columns(session, row, place)
+        both = [self._fresh_column(session, row, place, tokens, c) for c in range(session.columns)]
+        return tuple(token for token, _ in both), tuple(probs for _, probs in both)
+
+    def _fresh_column(
+        self, session: Session, row: Row, place: Place, tokens: list[Token], column: int
+    ) -> tuple[int, Distribution]:
+        """The id of one column, and the distribution it was drawn from."""
         size = session.vocabulary_size
-        probs = self.init(row, place, tokens) if callable(self.init) else None
+        probs = self.init(row, place, tokens, column) if callable(self.init) else None
         if probs is not None:
             uniform = torch.tensor([row.random.random()], dtype=torch.float64, device=session.device)
-            return (int(probs.draw(uniform)),), (probs,)
-        choice = place.choice
-        left = tokens[-1].ids[0] if tokens else row.history[-1]
-        if self.init == "repeat" and left in choice.members:
-            return (left,), (Distribution.certain(torch.tensor([left], device=session.device), size),)
-        return self._uniform(row, choice.ids, size)
-
-    @staticmethod
-    def _uniform(row: Row, ids: Tensor, size: int) -> tuple[tuple[int, ...], tuple[Distribution, ...]]:
+            return int(probs.draw(uniform)), probs
+        ids, members = self._allowed(session, row, place, column)
+        left = _left(row, tokens, column)
+        if self.init == "repeat" and left in members:
+            return left, Distribution.certain(torch.tensor([left], device=session.device), size)
         token = int(ids[int(row.random.random() * len(ids))])
-        probs = torch.full((1, len(ids)), 1 / len(ids), device=ids.device)
-        return (token,), (Distribution(ids[None], probs, size),)
+        even = torch.full((1, len(ids)), 1 / len(ids), device=ids.device)
+        return token, Distribution(ids[None], even, size)
 
-    def _fresh_columns(
-        self, session: Session, row: Row, place: Place
-    ) -> tuple[tuple[int, ...], tuple[Distribution, ...]]:
-        """The same for several codes per position: uniform in every codebook."""
-        vocabulary, size = row.policy.grammar.codec.vocabulary, session.vocabulary_size
-        ids, probs = self._uniform(row, place.choice.ids, size)
-        for column in range(1, session.columns):
-            book = place.books[column] if place.books else None
-            if book is None:
-                one = torch.tensor([vocabulary.special["pad"]], device=session.device)
-            else:
-                one = vocabulary.block(vocabulary.modalities[place.modality], book).to(session.device)
-            drawn, uniform = self._uniform(row, one, size)
-            ids, probs = ids + drawn, probs + uniform
-        return ids, probs
+    def _allowed(
+        self, session: Session, row: Row, place: Place, column: int
+    ) -> tuple[Tensor, frozenset[int]]:
+        """The ids that may stand in a column, as a tensor and as a set; padding where there is no code."""
+        if column == 0:
+            return place.choice.ids, place.choice.members
+        vocabulary = row.policy.grammar.codec.vocabulary
+        book = place.books[column] if place.books else None
+        key = (place.modality, -1 if book is None else book)
+        if key not in self._books:
+            block = torch.tensor([vocabulary.special["pad"]])
+            if book is not None:
+                block = vocabulary.block(vocabulary.modalities[place.modality], book)
+            self._books[key] = block.to(session.device), frozenset(block.tolist())
+        return self._books[key]
 
     def observe(self, session: Session, outcome: Outcome) -> None:
         """Redraw the window from this pass's distributions and slide it past the committed tokens."""
@@ -228,6 +231,15 @@ class JacobiDrafter(Drafter):
                         window.noise[key] = 1 - row.random.random(size)  # in (0, 1]
                     noise[number, j] = window.noise[key]
         return torch.from_numpy(noise).to(session.device).flatten(0, 1)
+
+
+def _left(row: Row, tokens: list[Token], column: int) -> int:
+    """The id in a column of the token before; -1 where that is not known (a column of the prompt)."""
+    if tokens:
+        return tokens[-1].ids[column]
+    if row.ids:
+        return row.ids[-1][column]
+    return row.history[-1] if column == 0 else -1
 
 
 def _by_node(target: tuple[Distribution, ...], rows: int) -> tuple[Distribution, ...]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lexel.tokenizers.quantizers.base import Quantizer
 
-KINDS = ("vq", "fsq", "lfq", "simvq", "residual", "learned", "bernoulli", "sign", "ibq")
+KINDS = ("vq", "fsq", "lfq", "simvq", "residual", "learned", "bernoulli", "sign", "ibq", "stochastic")
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,14 @@ class QuantizerConfig:
     (frozen codebook through a learned map, 2411.02038), `residual` (`depth` EMA codebooks, 2107.03312),
     `learned` (a codebook that gradients train, as in the published LlamaGen, FQGAN and TiTok files),
     `bernoulli` (one probability per bit, 2410.16257), `sign` (LFQ as Open-MAGVIT2 publishes it, 2409.04410),
-    `ibq` (a differentiable choice of the row, 2412.02692).
+    `ibq` (a differentiable choice of the row, 2412.02692), `stochastic` (`learned` by direction, whose
+    training draws the row by likeness, LARP, 2410.21264).
     codebook_size: codes per codebook (a power of two for `lfq`, `sign` and `bernoulli`; `fsq` takes the
     product of `levels`).
     cosine: compare directions, not distances (`vq`, `learned`); latents and codes then have unit length.
     commitment: weight of the pull of latents towards their codes (all but `fsq`; of ELM's code loss for
     `bernoulli`, 0 as published; of the pull of rows towards latents for `ibq`, whose other half counts 1).
+    pull: weight of the pull of rows towards their latents (`learned`, `stochastic`).
     decay: EMA decay of codebooks (`vq`, `residual`).
     dead_below: a code whose EMA count per batch falls below this is moved onto a random latent of the
     batch (`vq`, `residual`); 0 never.
@@ -32,7 +34,7 @@ class QuantizerConfig:
     rotation: rotation trick (2410.06424) in place of the straight-through gradient (`vq`, `simvq`).
     entropy: weight of the entropy term (`lfq`, `learned`, `sign`, `ibq`); entropy_gamma: of its diversity
     half (`lfq`, `sign`, `ibq`); entropy_certainty: of its other half, and temperature: of its soft assignment
-    (`sign`, `ibq`).
+    (`sign`, `ibq`), or of the draw (`stochastic`, published 0.03; below 0: a parameter, at first 0.1).
     groups: bits of each sub-code that a code is cut into; none: whole codes (`bernoulli`, `sign`).
     deterministic: training thresholds the bits too instead of drawing them (`bernoulli`); tanh: bits count
     -1 and 1 instead of 0 and 1 (`bernoulli`).
@@ -45,6 +47,7 @@ class QuantizerConfig:
     depth: int = 1
     cosine: bool = True
     commitment: float = 0.25
+    pull: float = 1.0
     decay: float = 0.9
     dead_below: float = 0.1
     kmeans_init: bool = False
@@ -79,6 +82,11 @@ class QuantizerConfig:
             raise ValueError(
                 f"codebook_size must be at least 2 and depth 1, got {self.codebook_size}, {self.depth}."
             )
+        if self.kind == "stochastic" and (not self.cosine or not self.temperature or self.entropy):
+            raise ValueError(
+                "stochastic needs cosine, a temperature other than 0 and entropy 0, got "
+                f"{self.cosine}, {self.temperature} and {self.entropy}."
+            )
         if self.depth > 1 and self.kind != "residual":
             raise ValueError(f"depth {self.depth} belongs to residual, not to {self.kind}.")
         if self.rotation and self.kind not in ("vq", "simvq"):
@@ -96,7 +104,7 @@ class QuantizerConfig:
     def build(self, dim: int) -> Quantizer:
         """The quantizer for latents of width `dim`."""
         # vector-quantize-pytorch takes over a second to import: only when one is built.
-        from lexel.tokenizers.quantizers import bernoulli, ibq, learned, scalar, sign, vector
+        from lexel.tokenizers.quantizers import bernoulli, ibq, learned, scalar, sign, stochastic, vector
 
         kinds: dict[str, Callable[[int, QuantizerConfig], Quantizer]] = {
             "vq": vector.VQ,
@@ -108,5 +116,6 @@ class QuantizerConfig:
             "bernoulli": bernoulli.Bernoulli,
             "sign": sign.Sign,
             "ibq": ibq.IndexBackpropagation,
+            "stochastic": stochastic.Stochastic,
         }
         return kinds[self.kind](dim, self)

@@ -31,12 +31,22 @@ class Learned(Quantizer):
         super().__init__(dim, config.codebook_sizes)
         self.cosine = config.cosine
         self.commitment = config.commitment
+        self.pull = config.pull
         self.entropy = config.entropy
-        self.embedding = nn.Embedding(config.codebook_size, dim)
-        nn.init.uniform_(self.embedding.weight, -1 / config.codebook_size, 1 / config.codebook_size)
-        if config.cosine:
+        self.make_rows(config.codebook_size, dim)
+
+    def make_rows(self, size: int, dim: int) -> None:
+        """Set the parameters of `size` rows of width `dim`."""
+        self.embedding = self.table(size, dim)
+
+    def table(self, size: int, dim: int) -> nn.Embedding:
+        """Rows drawn evenly around 0, at unit length with `cosine`."""
+        table = nn.Embedding(size, dim)
+        nn.init.uniform_(table.weight, -1 / size, 1 / size)
+        if self.cosine:
             with torch.no_grad():
-                self.embedding.weight.copy_(self.codebook)
+                table.weight.copy_(F.normalize(table.weight, dim=-1))
+        return table
 
     @property
     def codebook(self) -> Tensor:
@@ -47,15 +57,19 @@ class Learned(Quantizer):
         """See `Quantizer.learn`; losses `codebook` (rows towards latents), `commitment` and, where it has a
         weight, `entropy`."""
         latents, codebook = self.bypass(latents), self.codebook
-        indices = nearest_code(latents, codebook, self.cosine)
+        indices = self.choose(latents, codebook)
         codes = F.embedding(indices, codebook)
         losses = {
-            "codebook": (codes - latents.detach()).pow(2).mean(),
+            "codebook": self.pull * (codes - latents.detach()).pow(2).mean(),
             "commitment": self.commitment * (codes.detach() - latents).pow(2).mean(),
         }
         if self.entropy:
             losses["entropy"] = self.entropy * entropy_gap(-squared_distances(latents, codebook))
         return latents + (codes - latents).detach(), indices[..., None], losses
+
+    def choose(self, latents: Tensor, codebook: Tensor) -> Tensor:
+        """Which row each of the latents ``[b, n, d]`` takes in training, long ``[b, n]``."""
+        return nearest_code(latents, codebook, self.cosine)
 
     def encode(self, latents: Tensor) -> Tensor:
         """See `Quantizer.encode`."""

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from lexel.errors import LexelError
 from lexel.tokenizers.flextok import FlexTok, FlexTokFlow
+from lexel.train.objectives.base import Metrics, Objective
 from lexel.train.objectives.teachers import VisionTeacher
 
 TIMES = ("logit_normal", "stratified", "uniform", "mode")
-Metrics = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,9 @@ class FlowObjectiveConfig:
         return FlowObjective(self)
 
 
-class FlowObjective(nn.Module):
+class FlowObjective(Objective):
     """Stands where `TokenizerObjective` stands, without a discriminator. Holds the projection of the
     alignment, which learns with the tokenizer and is part of no exported state."""
-
-    discriminator: None = None
 
     def __init__(self, config: FlowObjectiveConfig) -> None:
         super().__init__()
@@ -137,26 +135,14 @@ class PatchTeacher(VisionTeacher):
     """Pixels ``[b, 3, h, w]`` in [-1, 1] to the patches of the last layer, ``[b, f, h, w]``; class and
     register tokens in front of them are left out. Raises LexelError for a model without square patches."""
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, name: str, size: int | None = None) -> None:
-        super().__init__(name, size)
-        patch = getattr(self.network.config, "patch_size", None)
-        if not isinstance(patch, int) or self.size % patch:
+        super().__init__(name, size, "patches")
+        if self.size % self.network.config.patch_size:
             raise LexelError(f"the teacher {name} has no whole square patches at {self.size} pixels.")
-        self.side = self.size // patch
-        self.width: int = self.network.config.hidden_size
 
-    @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
         """See the class."""
-        size = (self.size, self.size)
-        shown = F.interpolate((pixels.float() + 1) / 2, size, mode="bilinear", antialias=True)
-        tokens = self.network((shown - self.mean) / self.std).last_hidden_state
-        if tokens.ndim != 3 or tokens.shape[1] < self.side**2:
-            raise LexelError(f"the teacher {self.name} gives no tokens of {self.side}x{self.side} patches.")
-        return rearrange(tokens[:, -(self.side**2) :].float(), "b (h w) f -> b f h w", h=self.side)
+        return rearrange(super().forward(pixels).float(), "b (h w) f -> b f h w", h=self.grid[0])
 
 
 def sample_times(kind: str, like: Tensor, mode_scale: float = 0.0) -> Tensor:

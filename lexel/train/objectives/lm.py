@@ -111,24 +111,34 @@ class NextTokenObjective(nn.Module):
             count = mean_over_processes(log_z.new_tensor(float(len(log_z))))
             penalty = self.z_loss * log_z.square().sum() / count
             loss, metrics["z_loss"] = loss + penalty, penalty.detach()
-        for head, logits in enumerate(output.future_logits, start=1):
-            picked = logits if logits.ndim == 2 else logits[select]
-            further, figures = self._further(picked, batch, select, 1 + head)
+        codes = output.future_code_logits or ((),) * len(output.future_logits)
+        for head, columns in enumerate(zip(output.future_logits, codes), start=1):
+            each = [logits if logits.ndim == 2 else logits[select] for logits in (columns[0], *columns[1])]
+            further, figures = self._further(each, batch, select, 1 + head, code_offsets, pad_id)
             loss = loss + self.future_weight * self.future_decay**head * further
             metrics |= {f"future{head}_{name}": value for name, value in figures.items()}
         return loss, metrics
 
     def _further(
-        self, logits: Tensor, batch: TokenBatch, select: Tensor, distance: int
+        self,
+        columns: Sequence[Tensor],
+        batch: TokenBatch,
+        select: Tensor,
+        distance: int,
+        code_offsets: Sequence[int],
+        pad_id: int,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted mean cross-entropy, and figures, of one head's logits ``[m, v]`` at the positions of
-        `select` for the tokens `distance` places on; 0 where there are none."""
+        """Weighted mean cross-entropy, and figures, of one head's logits ``[m, v]`` (of every column) at the
+        positions of `select` for the tokens `distance` places on; 0 where there are none."""
         known = predicting_further(batch, distance)
-        values = logits[known[select]].float()
-        target = batch.ids.roll(-distance, 1)[known]
-        losses = F.cross_entropy(values, target, reduction="none")
-        hits = values.detach().max(-1).indices == target
-        loss, figures = self._combine(losses, hits, batch.modality.roll(-distance, 1)[known])
+        ids, modality = (whole.roll(-distance, 1)[known] for whole in (batch.ids, batch.modality))
+        losses, hits, kinds = [], [], []
+        for column, logits in enumerate(columns):
+            target, kind, values = _column(ids, modality, logits[known[select]], column, code_offsets, pad_id)
+            losses.append(F.cross_entropy(values.float(), target, reduction="none"))
+            hits.append(values.detach().max(-1).indices == target)
+            kinds.append(kind)
+        loss, figures = self._combine(torch.cat(losses), torch.cat(hits), torch.cat(kinds))
         return loss, {name: value for name, value in figures.items() if not name.startswith("tokens")}
 
     def _combine(self, losses: Tensor, hits: Tensor, kinds: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

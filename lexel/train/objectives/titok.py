@@ -14,15 +14,14 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from lexel.errors import LexelError
 from lexel.hub import mismatches
 from lexel.tokenizers import from_pretrained, list_published, load_published
 from lexel.tokenizers.maskgit_vqgan import MaskGITVQGAN
 from lexel.tokenizers.titok import ProxyOutput, TiTok
-
-Metrics = dict[str, Tensor]
+from lexel.train.objectives.base import Metrics, Objective
 
 
 @dataclass(frozen=True)
@@ -45,10 +44,8 @@ class ProxyObjectiveConfig:
         return ProxyObjective(self, proxy)
 
 
-class ProxyObjective(nn.Module):
+class ProxyObjective(Objective):
     """Stands where `TokenizerObjective` stands. The proxy is part of no state dict and no checkpoint."""
-
-    discriminator: None = None
 
     def __init__(self, config: ProxyObjectiveConfig, proxy: MaskGITVQGAN) -> None:
         super().__init__()
@@ -68,10 +65,6 @@ class ProxyObjective(nn.Module):
                 raise LexelError(f"tokenizer.proxy is not built like {self.config.proxy}: {problems}.")
             module.load_state_dict(state)
             module.requires_grad_(False)
-
-    def is_adversarial(self, step: int) -> bool:
-        """Never."""
-        return False
 
     def predict(self, network: Any, pixels: Tensor, step: int) -> ProxyOutput:
         """The tokenizer's training pass up to the logits."""
@@ -94,7 +87,3 @@ class ProxyObjective(nn.Module):
             loss = loss + self.config.quantizer * value
             metrics[name] = value.detach()
         return loss, {**metrics, **output.quantizer.metrics, "loss": loss.detach()}
-
-    def discriminator_loss(self, output: ProxyOutput, pixels: Tensor, step: int) -> tuple[Tensor, Metrics]:
-        """A constant 0."""
-        return pixels.new_zeros(()), {}

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from lexel.errors import LexelError
 from lexel.models.blur_discriminator import BlurDiscriminator, BlurDiscriminatorConfig
+from lexel.models.clip_discriminator import ClipDiscriminator, ClipDiscriminatorConfig
 from lexel.models.discriminator import PatchDiscriminator, PatchDiscriminatorConfig
+from lexel.train.objectives.base import Metrics, Objective, psnr
 from lexel.train.objectives.lecam import LeCam
 from lexel.train.objectives.perceptual import PerceptualConfig
 from lexel.train.objectives.teachers import VisionTeacher
 from lexel.types import TokenizerOutput
-
-Metrics = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class TokenizerObjectiveConfig:
     adversarial_start: int = 0
     adaptive: bool = False
     adaptive_max: float = 1e4
-    discriminator: PatchDiscriminatorConfig | BlurDiscriminatorConfig = field(
+    discriminator: PatchDiscriminatorConfig | BlurDiscriminatorConfig | ClipDiscriminatorConfig = field(
         default_factory=PatchDiscriminatorConfig
     )
     non_saturating: bool = False
@@ -98,9 +98,11 @@ class TokenizerObjectiveConfig:
         return TokenizerObjective(self, [term.build() for term in self.representation])
 
 
-class TokenizerObjective(nn.Module):
+class TokenizerObjective(Objective):
     """Generator and discriminator losses of one step. Holds the discriminator (None at weight 0), the frozen
-    feature network and any teachers; none of them is ever part of the tokenizer."""
+    feature network and any teachers; none of them is ever part of the tokenizer.
+
+    Of clips ``[b, t, 3, h, w]`` every frame counts as a picture, but for a discriminator of clips."""
 
     def __init__(
         self, config: TokenizerObjectiveConfig, representation: Sequence[RepresentationTerm] = ()
@@ -108,7 +110,7 @@ class TokenizerObjective(nn.Module):
         super().__init__()
         self.config = config
         self.perceptual = config.features.build() if config.perceptual else None
-        self.discriminator: PatchDiscriminator | BlurDiscriminator | None = (
+        self.discriminator: PatchDiscriminator | BlurDiscriminator | ClipDiscriminator | None = (
             config.discriminator.build() if config.adversarial else None
         )
         self.lecam = LeCam() if config.adversarial and config.lecam else None
@@ -118,11 +120,8 @@ class TokenizerObjective(nn.Module):
         """Whether codes are rounded at this step: pass it to the tokenizer as `quantize`."""
         return step >= self.config.unrounded_steps
 
-    def prepare(self, network: Any) -> None:
-        """Called with the fresh tokenizer before it is trained; nothing to do."""
-
     def predict(self, network: Any, pixels: Tensor, step: int) -> TokenizerOutput:
-        """The tokenizer's training pass on ``[b, 3, h, w]``; what the losses are taken of."""
+        """The tokenizer's training pass on ``[b, 3, h, w]``, or on clips; what the losses are taken of."""
         return network(pixels, quantize=self.rounds(step))
 
     def is_adversarial(self, step: int) -> bool:
@@ -134,7 +133,8 @@ class TokenizerObjective(nn.Module):
     ) -> tuple[Tensor, Metrics]:
         """The tokenizer's loss (scalar) and detached metrics. The discriminator receives no gradient.
         last_layer: the weight the adaptive factor measures gradients at (`Tokenizer.last_layer`)."""
-        config, fake = self.config, output.reconstruction.float()
+        config, video = self.config, output.reconstruction.float()
+        fake, pixels = as_pictures(video), as_pictures(pixels)
         terms = reconstruction_terms(fake, pixels, config)
         if self.perceptual is not None:
             terms["perceptual"] = config.perceptual * self.perceptual(fake, pixels)
@@ -142,7 +142,7 @@ class TokenizerObjective(nn.Module):
         loss = torch.stack(list(terms.values())).sum() if terms else fake.new_zeros(())
         if self.discriminator is not None and self.is_adversarial(step):
             with _frozen(self.discriminator):
-                adversarial = generator_game(self.discriminator(fake).float(), config.non_saturating)
+                adversarial = generator_game(self.verdicts(video), config.non_saturating)
             metrics["adversarial"] = adversarial.detach()
             if config.adaptive:
                 metrics["adversarial_scale"] = adaptive_weight(
@@ -168,9 +168,8 @@ class TokenizerObjective(nn.Module):
         discriminator and before its start step."""
         if self.discriminator is None or not self.is_adversarial(step):
             return pixels.new_zeros(()), {}
-        real = self.discriminator(pixels).float()
-        fake = self.discriminator(output.reconstruction.detach().float()).float()
-        loss = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+        real, fake = self.verdicts(pixels), self.verdicts(output.reconstruction.detach().float())
+        loss = self.discriminator_game(real, fake)
         metrics = {
             "discriminator": loss.detach(),
             "logits_real": real.detach().mean(),
@@ -181,6 +180,16 @@ class TokenizerObjective(nn.Module):
             loss = loss + self.config.lecam * term
             metrics["lecam"] = term.detach()
         return self.config.discriminator_weight * loss, metrics
+
+    def verdicts(self, pixels: Tensor) -> Tensor:
+        """The discriminator's logits, float32."""
+        assert self.discriminator is not None
+        reads_clips = isinstance(self.discriminator, ClipDiscriminator)
+        return self.discriminator(pixels if reads_clips else as_pictures(pixels)).float()
+
+    def discriminator_game(self, real: Tensor, fake: Tensor) -> Tensor:
+        """What the discriminator makes small, of its logits: the hinge loss (scalar)."""
+        return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
 class RepresentationTerm:
@@ -212,6 +221,11 @@ class RepresentationTerm:
                 f"tokenizer's head {predicted.shape[1]}; set tokenizer.feature_dims."
             )
         return self.weight * info_nce(predicted, target)
+
+
+def as_pictures(pixels: Tensor) -> Tensor:
+    """Clips ``[b, t, 3, h, w]`` as their frames ``[b*t, 3, h, w]``; pictures as they are."""
+    return pixels if pixels.ndim == 4 else pixels.flatten(0, 1)
 
 
 def info_nce(predicted: Tensor, target: Tensor) -> Tensor:
@@ -256,14 +270,6 @@ def adaptive_weight(
     (wanted,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
     (given,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
     return (wanted.norm() / (given.norm() + 1e-4)).clamp(max=most).detach()
-
-
-@torch.no_grad()
-def psnr(fake: Tensor, pixels: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of ``[b, 3, h, w]`` pairs in [-1, 1] (clamped), from the batch's mean
-    squared error."""
-    error = (fake.clamp(-1, 1) - pixels).pow(2).mean()
-    return 10 * torch.log10(4 / error.clamp(min=1e-10))
 
 
 @contextmanager
