@@ -185,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = common.parser(__doc__.splitlines()[0], "detokenizers", steps=1500)
     parser.add_argument("--families", default=",".join(FAMILIES), help="separated by commas (default: all)")
     parser.add_argument("--detokenizer-steps", type=int, default=1000)
-    parser.add_argument("--distil-steps", type=int, default=300)
+    parser.add_argument("--distil-steps", type=int, default=60)
     parser.add_argument(
         "--teacher", default="outputs/teacher", help="of the semantic family: benchmarks.teacher"
     )

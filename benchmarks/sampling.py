@@ -2,7 +2,7 @@
 
 python -m benchmarks.sampling --json sampling.json
 
-One language model per run: the shipped bundle's, widened four times without training (exactly its
+One language model per run: the shipped bundle's, widened eight times without training (exactly its
 distributions at a size that is bound by memory, `lexel.models.grow`); --factor 1 is the bundle as it is,
 --bundle another one. Strategies, number formats and `generate()` draw the same prompts in turn, round after
 round; a ratio is the median over the rounds. On one CPU thread the clock is the process's own CPU time, which
@@ -353,7 +353,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.sampling", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--bundle", help="folder or hub id; without it the shipped one")
-    parser.add_argument("--factor", type=int, help="widen the language model (4; with --bundle 1)")
+    parser.add_argument("--factor", type=int, help="widen the language model (8; with --bundle 1)")
     parser.add_argument("--threads", type=int, nargs="+", help="1 and all; with --quick 1")
     parser.add_argument(
         "--batches", type=int, nargs="+", help="pictures side by side: 1 4 16; with --quick 1 4"
@@ -376,7 +376,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     cores = torch.get_num_threads()
     usual = {
-        "factor": 1 if options.bundle else 4,
+        "factor": 1 if options.bundle else 8,
         "threads": [1] if options.quick else sorted({1, cores}),
         "batches": [1, 4] if options.quick else [1, 4, 16],
         "seconds": QUICK_SECONDS if options.quick else SECONDS,
