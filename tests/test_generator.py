@@ -194,7 +194,7 @@ def assert_as_fresh(lm, stream, rows):
     assert len(stream) == len(rows)
     for row_number, row in enumerate(rows):
         # An unguided row has one lane: no second one for its null.
-        for lane, start in zip(stream.own(row_number), [row.prompt, row.null], strict=False):
+        for lane, start in zip(stream.own(row_number), [row.prompt, row.null]):
             tokens, state = known_tokens(row, start)
             assert row.state == state
             read = stream.cache.host_lengths[number]

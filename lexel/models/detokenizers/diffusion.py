@@ -26,16 +26,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce, repeat
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from lexel.hub import resolve_folder
 from lexel.models.detokenizers.base import Condition, Detokenizer
+from lexel.models.detokenizers.condition import CodeMap, CodeTokens, Given, waves
 from lexel.models.detokenizers.frozen import TEXT_FOLDER, FrozenText, FrozenVAE, vae_geometry
+from lexel.models.detokenizers.networks import WAVES, build_network
 from lexel.nn.diffusion import mixing, network_times, sample, schedulers
 from lexel.nn.guidance import APG, check_guider, make_guide
 from lexel.nn.tiles import blend, places
@@ -214,231 +216,6 @@ class DiffusionDetokenizerConfig:
     def build(self) -> DiffusionDetokenizer:
         """A detokenizer with random weights."""
         return DiffusionDetokenizer(self)
-
-
-# What the network is given
-
-
-class Given(NamedTuple):
-    """A condition as the network takes it: plane ``[b, d, h, w]`` beside the noisy picture; tokens
-    ``[b, m, d]``, of which `present` ``[b, m]`` are not the null vector."""
-
-    plane: Tensor | None
-    tokens: Tensor | None
-    present: Tensor | None
-
-    def pick(self, keep: Tensor, other: Given) -> Given:
-        """This condition in the rows where bool `keep` ``[b]`` is true, else the `other`."""
-        return Given(
-            *(
-                a
-                if a is None or b is None
-                else torch.where(rearrange(keep, f"b -> b{' 1' * (a.ndim - 1)}"), a, b)
-                for a, b in zip(self, other)
-            )
-        )
-
-    def and_then(self, other: Given) -> Given:
-        """The rows of both."""
-        return Given(*(a if a is None or b is None else torch.cat([a, b]) for a, b in zip(self, other)))
-
-
-class Reader(nn.Module):
-    """Codes or features → vectors ``[b, n, d]``: a position's codebooks summed, features projected."""
-
-    def __init__(self, config: DiffusionDetokenizerConfig) -> None:
-        super().__init__()
-        self.config, d = config, config.condition_dim
-        if config.reads == "codes":
-            self.tables = nn.ModuleList(nn.Embedding(size, d) for size in config.codebook_sizes)
-        else:
-            assert config.feature_dim is not None
-            self.project = nn.Sequential(nn.LayerNorm(config.feature_dim), nn.Linear(config.feature_dim, d))
-
-    def whole(self, condition: Condition) -> Condition:
-        """1D codes, or scales, of which only the first are given, filled up to all positions."""
-        if isinstance(condition, Tensor) or self.config.raster:
-            return condition
-        b, n, _ = condition.indices.shape
-        if n >= self.config.positions:
-            return condition
-        lengths = condition.indices.new_full((b,), n) if condition.lengths is None else condition.lengths
-        missing = self.config.positions - n
-        keep = None if condition.keep is None else F.pad(condition.keep, (0, missing))
-        return Codes(F.pad(condition.indices, (0, 0, 0, missing)), lengths=lengths, keep=keep)
-
-    def embed(self, condition: Condition) -> Tensor:
-        """Raises ValueError when the condition is not of the configured shape."""
-        reads, sizes = self.config.reads, self.config.codebook_sizes
-        if isinstance(condition, Tensor) != (reads == "features"):
-            raise ValueError(f"this detokenizer reads {reads}, got {type(condition).__name__}.")
-        values = condition if isinstance(condition, Tensor) else condition.indices
-        n, last = self.config.positions, self.config.feature_dim if reads == "features" else len(sizes)
-        if tuple(values.shape[1:]) != (n, last):
-            raise ValueError(f"this detokenizer reads {reads} [b, {n}, {last}], got {tuple(values.shape)}.")
-        if isinstance(condition, Tensor):
-            return self.project(condition)
-        return torch.stack([table(values[..., j]) for j, table in enumerate(self.tables)]).sum(dim=0)
-
-    def present(self, condition: Condition) -> Tensor:
-        """Bool ``[b, n]``: positions that hold something."""
-        if isinstance(condition, Tensor):
-            return torch.ones(condition.shape[:2], dtype=torch.bool, device=condition.device)
-        indices = condition.indices
-        there = torch.ones(indices.shape[:2], dtype=torch.bool, device=indices.device)
-        if condition.lengths is not None:
-            there &= torch.arange(there.shape[1], device=there.device) < condition.lengths[:, None]
-        return there if condition.keep is None else there & condition.keep.bool()
-
-
-class CodeMap(Reader):
-    """Codes → condition map ``[b, d, h, w]``: raster codes lie on the grid, the scales of multi-scale codes
-    are enlarged to it and summed, 1D codes are gathered by one cross-attention from a learned query per cell;
-    then two convolutions let neighbours speak."""
-
-    def __init__(self, config: DiffusionDetokenizerConfig) -> None:
-        super().__init__(config)
-        d, (h, w) = config.condition_dim, cast("tuple[int, int]", config.grid)
-        self.places = nn.Parameter(torch.randn(h * w, d) * 0.02)
-        if config.length is not None:
-            self.code_places = nn.Parameter(torch.randn(config.length, d) * 0.02)
-            self.norm = nn.LayerNorm(d)
-            self.attention = nn.MultiheadAttention(d, max(1, d // 16), batch_first=True)
-        self.mix = nn.Sequential(nn.Conv2d(d, d, 3, padding=1), nn.SiLU(), nn.Conv2d(d, d, 3, padding=1))
-
-    def forward(self, condition: Condition) -> Tensor:
-        """Raises ValueError when the condition is not of the configured shape."""
-        x = self.embed(condition)
-        there = self.present(condition)
-        if self.config.length is not None:
-            x = self._gather(x, None if bool(there.all()) else ~there)
-        else:
-            x = x.masked_fill(~there[..., None], 0)
-            x = (self._stack(x) if self.config.scales else x) + self.places
-        x = rearrange(x, "b (h w) d -> b d h w", h=cast("tuple[int, int]", self.config.grid)[0])
-        return x + self.mix(x)
-
-    def _gather(self, x: Tensor, unused: Tensor | None) -> Tensor:
-        keys = self.norm(x + self.code_places)
-        queries = repeat(self.places, "c d -> b c d", b=len(x))
-        attended, _ = self.attention(queries, keys, keys, key_padding_mask=unused, need_weights=False)
-        return queries + attended
-
-    def _stack(self, x: Tensor) -> Tensor:
-        scales = cast("tuple[tuple[int, int], ...]", self.config.scales)
-        maps = [
-            F.interpolate(rearrange(part, "b (h w) d -> b d h w", h=h), size=self.config.grid, mode="nearest")
-            for part, (h, w) in zip(x.split([h * w for h, w in scales], dim=1), scales)
-        ]
-        return rearrange(torch.stack(maps).sum(dim=0), "b d h w -> b (h w) d")
-
-
-class CodeTokens(Reader):
-    """Codes → one token each, ``[b, n, d]``, with learned positions that start as the network's own fixed
-    ones where codes lie on a grid."""
-
-    def __init__(self, config: DiffusionDetokenizerConfig) -> None:
-        super().__init__(config)
-        shape = (config.positions, config.condition_dim)
-        start = torch.randn(shape)
-        if config.raster:
-            start = waves(config.condition_dim, cast("tuple[int, int]", config.grid))
-        self.places = nn.Parameter(start)
-        self.norm = nn.LayerNorm(config.condition_dim)
-
-    def forward(self, condition: Condition) -> Tensor:
-        """Raises ValueError when the condition is not of the configured shape."""
-        return self.norm(self.embed(condition) + self.places)
-
-
-def waves(dim: int, size: tuple[int, int]) -> Tensor:
-    """Sine and cosine of the two coordinates in a grid of `size`, scaled alike for all grids,
-    ``[h*w, dim]``."""
-    from diffusers.models.embeddings import get_2d_sincos_pos_embed
-
-    return get_2d_sincos_pos_embed(dim, size, output_type="pt", base_size=8).float()
-
-
-# Networks
-
-
-def build_network(config: DiffusionDetokenizerConfig) -> nn.Module:
-    """The diffusers network of a config, over places of patch² cells."""
-    _, channels = config.space
-    seen = channels * config.patch**2
-    given = config.condition_dim if config.condition == "concat" else 0
-    size = (config.size[0] // config.patch, config.size[1] // config.patch)
-    if config.network == "unet":
-        return _unet(config, seen + (given or WAVES), seen, size)
-    return _dit(config, seen + given, seen, max(size))
-
-
-WAVES = 16
-"""Channels of fixed coordinates that a UNet sees where no map of codes tells it where it is."""
-
-
-def _unet(config: DiffusionDetokenizerConfig, inputs: int, outputs: int, size: tuple[int, int]) -> nn.Module:
-    from diffusers.models.unets.unet_2d import UNet2DModel
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
-    levels = len(config.channels)
-    shape: dict[str, Any] = {
-        "sample_size": size,
-        "in_channels": inputs,
-        "out_channels": outputs,
-        "block_out_channels": config.channels,
-        "layers_per_block": config.layers,
-        "norm_num_groups": 8,
-    }
-    if not config.reads_tokens:
-        return UNet2DModel(
-            down_block_types=("DownBlock2D",) * levels,
-            up_block_types=("UpBlock2D",) * levels,
-            attention_head_dim=config.head_dim,
-            **shape,
-        )
-    # Attention between all places of the first resolution would cost most of the time.
-    return UNet2DConditionModel(
-        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * (levels - 1),
-        up_block_types=("CrossAttnUpBlock2D",) * (levels - 1) + ("UpBlock2D",),
-        cross_attention_dim=config.condition_dim,
-        # What this class calls the heads' dimension is their number.
-        attention_head_dim=tuple(max(1, c // config.head_dim) for c in config.channels),
-        **shape,
-    )
-
-
-def _dit(config: DiffusionDetokenizerConfig, inputs: int, outputs: int, side: int) -> nn.Module:
-    shape: dict[str, Any] = {
-        "sample_size": side,
-        "patch_size": 1,
-        "in_channels": inputs,
-        "out_channels": outputs,
-        "num_layers": config.layers,
-        "attention_head_dim": config.head_dim,
-        "num_attention_heads": config.channels[0] // config.head_dim,
-    }
-    if config.condition == "joint":
-        from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
-
-        return SD3Transformer2DModel(
-            joint_attention_dim=config.condition_dim,
-            caption_projection_dim=config.channels[0],
-            pooled_projection_dim=config.condition_dim,
-            pos_embed_max_size=side,
-            **shape,
-        )
-    from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
-
-    return PixArtTransformer2DModel(
-        cross_attention_dim=config.condition_dim if config.reads_tokens else None,
-        use_additional_conditions=False,
-        interpolation_scale=1,
-        **shape,
-    )
-
-
-# The detokenizer
 
 
 class DiffusionDetokenizer(Detokenizer):
@@ -683,39 +460,9 @@ class DiffusionDetokenizer(Detokenizer):
     # Drawing
 
     @torch.no_grad()
-    def decode(
-        self,
-        condition: Condition,
-        *,
-        steps: int | None = None,
-        guidance: float | None = None,
-        noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        text: Sequence[str | None] | None = None,
-        guider: str | None = None,
-        apg: APG | None = None,
-        overlap: int | None = None,
-    ) -> Tensor:
-        """Pictures ``[b, 3, H, W]`` in [-1, 1] from codes or features.
-
-        steps: of the sampler; guidance: scale of the conditional over the null estimate of the clean picture
-        (1: conditional only, one network pass per step), by the `guider`, see `lexel.nn.guidance`; None takes
-        the config's. noise ``[b, c, x, y]``: the start, else drawn from `generator`. text: captions or None.
-        Raster codes on a larger grid than the config's make a larger picture, from tiles of the config's that
-        share `overlap` code cells (None: half a tile) and are averaged at each step (MultiDiffusion,
-        arXiv 2302.08113). Raises ValueError for a condition of another shape."""
-        drawn = self.draw(
-            condition,
-            steps=steps,
-            guidance=guidance,
-            noise=noise,
-            generator=generator,
-            text=text,
-            guider=guider,
-            apg=apg,
-            overlap=overlap,
-        )
-        return self._to_pixels(drawn, overlap).clamp(-1, 1)
+    def decode(self, condition: Condition, *, overlap: int | None = None, **options: Any) -> Tensor:
+        """Pictures ``[b, 3, H, W]`` in [-1, 1] from codes or features; options and errors as of `draw`."""
+        return self._to_pixels(self.draw(condition, overlap=overlap, **options), overlap).clamp(-1, 1)
 
     @torch.no_grad()
     def draw(
@@ -731,7 +478,14 @@ class DiffusionDetokenizer(Detokenizer):
         apg: APG | None = None,
         overlap: int | None = None,
     ) -> Tensor:
-        """As `decode`, up to what is denoised: ``[b, c, x, y]``, not clamped."""
+        """What is denoised, ``[b, c, x, y]``, not clamped: pixels or latents from codes or features.
+
+        steps: of the sampler; guidance: scale of the conditional over the null estimate of the clean picture
+        (1: conditional only, one network pass per step), by the `guider`, see `lexel.nn.guidance`; None takes
+        the config's. noise ``[b, c, x, y]``: the start, else drawn from `generator`. text: captions or None.
+        Raster codes on a larger grid than the config's make a larger picture, from tiles of the config's that
+        share `overlap` code cells (None: half a tile) and are averaged at each step (MultiDiffusion,
+        arXiv 2302.08113). Raises ValueError for a condition of another shape."""
         config = self.config
         whole, tiles = self._tiles(condition, overlap)
         x, y = config.size
